@@ -1,0 +1,166 @@
+"""What will be done to each site, before anything is done: a table people print, edit as a file, then apply."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from subspan import linalg
+
+Shapes = Mapping[str, tuple[int, int]]
+Form = Literal["lowrank", "dense", "keep"]
+FORMAT = 1
+
+
+def break_even(m: int, n: int) -> int:
+    """The largest rank whose two factors hold fewer numbers than the m x n matrix: rank (m + n) < m n.
+
+    >>> break_even(4096, 4096), break_even(4, 4)
+    (2047, 1)
+    """
+    return (m * n - 1) // (m + n)
+
+
+def numbers(rank: int, m: int, n: int) -> int:
+    """How many numbers a site stores at this rank: two factors, or the dense matrix where that is smaller."""
+    return min(rank * (m + n), m * n)
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """One row: `form` is `lowrank` (two factors), `dense` (truncated, multiplied back) or `keep` (untouched)."""
+
+    shape: tuple[int, int]
+    rank: int
+    form: Form
+    bits: int
+    bytes_before: int
+    bytes_after: int
+    error: float
+    reason: str
+
+    @property
+    def full(self) -> int:
+        """The largest rank the shape allows."""
+        return min(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Site -> what becomes of it; errors are relative, under the method's metric."""
+
+    method: str
+    args: Mapping[str, Any]
+    sites: Mapping[str, SitePlan]
+    other_bytes: int = 0
+    format: int = field(default=FORMAT)
+
+    @property
+    def err(self) -> float:
+        """Effective rank reduction reached: 1 - sum of ranks after / sum of ranks before."""
+        return 1 - sum(s.rank for s in self.sites.values()) / sum(s.full for s in self.sites.values())
+
+    @property
+    def ratio(self) -> float:
+        """Share of the sites' numbers that is kept."""
+        before = sum(m * n for m, n in (s.shape for s in self.sites.values()))
+        after = sum(numbers(s.rank, *s.shape) for s in self.sites.values())
+        return after / before
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes of the whole model before and after, what is not a site included."""
+        before = sum(s.bytes_before for s in self.sites.values())
+        return before + self.other_bytes, sum(s.bytes_after for s in self.sites.values()) + self.other_bytes
+
+    def ranks(self) -> dict[str, int]:
+        """Site -> rank."""
+        return {name: site.rank for name, site in self.sites.items()}
+
+    def check(self, shapes: Shapes) -> None:
+        """Raise ValueError unless the plan's sites exist in a model with these shapes, with possible ranks."""
+        missing = [name for name in self.sites if name not in shapes]
+        if missing:
+            raise ValueError(
+                f"the plan names {len(missing)} sites this model lacks, e.g. {', '.join(missing[:3])}; the model "
+                f"has {', '.join(list(shapes)[:3])}, ...: was the plan made for another model?"
+            )
+        for name, site in self.sites.items():
+            if site.shape != tuple(shapes[name]):
+                raise ValueError(
+                    f"{name}: the plan says shape {site.shape}, the model has {tuple(shapes[name])}; "
+                    "the plan was made for another model: plan again"
+                )
+            linalg.check_rank(site.rank, *site.shape, name)
+
+    def table(self, limit: int | None = None) -> Table:
+        """The plan as a printable table; `limit` rows at most."""
+        before, after = self.bytes
+        table = Table(
+            "site", "shape", "rank", "form", "error", "reason",
+            title=f"{self.method}: rank reduction {self.err:.1%}, numbers kept {self.ratio:.1%}, "
+            f"bytes {before / 2**20:.1f} -> {after / 2**20:.1f} MiB",
+        )  # fmt: skip
+        for name, s in list(self.sites.items())[:limit]:
+            shape, rank = f"{s.shape[0]} x {s.shape[1]}", f"{s.rank}/{s.full}"
+            table.add_row(name, shape, rank, s.form, f"{s.error:.2%}", s.reason)
+        if limit is not None and len(self.sites) > limit:
+            table.caption = f"{len(self.sites) - limit} more sites; --json prints all"
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the shape of the json file."""
+        before, after = self.bytes
+        totals = {"err": self.err, "ratio": self.ratio, "bytes_before": before, "bytes_after": after}
+        return {**asdict(self), "totals": totals}
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the plan beside its final name, then rename."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], where: str = "plan") -> Plan:
+        """Rebuild a plan; raises ValueError naming a missing field or a newer format."""
+        if data.get("format", 0) > FORMAT:
+            raise ValueError(f"{where}: format {data['format']} is newer than {FORMAT}; upgrade subspan")
+        try:
+            sites = {name: SitePlan(**{**s, "shape": tuple(s["shape"])}) for name, s in data["sites"].items()}
+            return Plan(data["method"], data["args"], sites, data["other_bytes"])
+        except (KeyError, TypeError, AttributeError) as problem:
+            raise ValueError(f"{where} is not a subspan plan: {problem}; make one with `subspan plan`") from None
+
+    @staticmethod
+    def from_json(path: str | Path) -> Plan:
+        """Read a plan file; raises ValueError when it is not json or not a plan."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{path} is not json: {problem}") from None
+        return Plan.from_dict(data, str(path))
+
+
+def site_plan(
+    shape: tuple[int, int], rank: int, error: Callable[[int], float], *, bits: int, reason: str = ""
+) -> SitePlan:
+    """The row for a rank: two factors below break-even, dense above it, untouched at full rank."""
+    m, n = shape
+    linalg.check_rank(rank, m, n)
+    form: Form = "keep" if rank == min(m, n) else "lowrank" if rank <= break_even(m, n) else "dense"
+    why = {
+        "keep": "full rank",
+        "lowrank": f"factors hold {rank * (m + n) / (m * n):.0%} of the numbers",
+        "dense": f"rank above break-even {break_even(m, n)}: truncated, stored dense",
+    }
+    cost = numbers(rank, m, n) if form == "lowrank" else m * n
+    return SitePlan(
+        shape, rank, form, bits, m * n * bits // 8, cost * bits // 8,
+        0.0 if form == "keep" else error(rank), reason or why[form],
+    )  # fmt: skip
