@@ -153,7 +153,8 @@ def polar(g: Tensor, steps: int = 5) -> Tensor:
     if g.shape[-2] > g.shape[-1]:
         return polar(g.mT, steps).mT
     x: Tensor = wide(g)
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    norm = torch.linalg.matrix_norm(x, keepdim=True)
+    x = x / torch.where(norm == 0, 1.0, norm)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -193,7 +194,8 @@ def whiten(h: Tensor, ridge: float = 0.0) -> Whitened:
 
 def solve_right(v: Tensor, factor: Tensor) -> Tensor:
     """`v @ inverse(factor)` for a diagonal (n,) or square (n, n) factor; triangular ones are substituted."""
-    factor = factor.to(v.dtype)
+    dtype = torch.promote_types(wide(v).dtype, wide(factor).dtype)
+    v, factor = v.to(dtype), factor.to(dtype)
     if factor.ndim == 1:
         return v / factor
     solution: Tensor

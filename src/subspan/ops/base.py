@@ -69,7 +69,7 @@ class Sum(LinOp):
     def __init__(self, ops: list[LinOp]) -> None:
         super().__init__()
         if len({op.shape for op in ops}) != 1:
-            raise ValueError(f"Sum needs ops of one shape, got {[op.shape for op in ops]}")
+            raise ValueError(f"Sum needs one or more ops of one shape, got {[op.shape for op in ops]}")
         self.ops = cast(Sequence[LinOp], nn.ModuleList(ops))
         self.shape = ops[0].shape
 
@@ -90,6 +90,8 @@ class Product(LinOp):
 
     def __init__(self, ops: list[LinOp]) -> None:
         super().__init__()
+        if not ops:
+            raise ValueError("Product needs at least one op, got none")
         for a, b in pairwise(ops):
             if a.shape[1] != b.shape[0]:
                 raise ValueError(

@@ -1,0 +1,250 @@
+"""Models on disk: safetensors and json, written whole or not at all, read strictly.
+
+A folder holds `model.safetensors` (tensors under the model's own names) and `subspan.json` (what stands at each
+edited site). No pickle. `spec` and `build` know no op by name: they rely on `LinOp`'s contract that constructor
+arguments and attributes share one name.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from subspan.edit import Edit, edit
+from subspan.ops import LinOp, OpLinear
+
+FORMAT = 1
+WEIGHTS, ABOUT = "model.safetensors", "subspan.json"
+Json = dict[str, Any]
+
+
+def spec(op: LinOp) -> Json:
+    """What an op is, without its numbers: {"op": class, argument: value}; tensors leave shape and dtype.
+
+    >>> from subspan.ops import Diag
+    >>> spec(Diag(torch.ones(2)))
+    {'op': 'Diag', 'd': {'tensor': [2], 'dtype': 'float32'}}
+    """
+    arguments = list(inspect.signature(type(op).__init__).parameters)[1:]
+    return {"op": type(op).__name__, **{name: _encode(getattr(op, name)) for name in arguments}}
+
+
+def build(description: Mapping[str, Any]) -> LinOp:
+    """An op of that description with uninitialised tensors, to be filled by a strict load.
+
+    Raises ValueError for an op this version does not know.
+    """
+    known = {kind.__name__: kind for kind in _subclasses(LinOp)}  # type: ignore[type-abstract]
+    name = description.get("op")
+    if name not in known:
+        raise ValueError(f"unknown op {name!r}; this version knows {', '.join(sorted(known))}: upgrade subspan")
+    return known[name](**{key: _decode(value) for key, value in description.items() if key != "op"})
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, LinOp):
+        return spec(value)
+    if isinstance(value, list | tuple | nn.ModuleList):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, Mapping) and "tensor" in value:
+        return torch.empty(value["tensor"], dtype=getattr(torch, value["dtype"]))
+    if isinstance(value, Mapping):
+        return build(value)
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return value
+
+
+def _subclasses(kind: type[LinOp]) -> Iterator[type[LinOp]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+@contextmanager
+def staged(out: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A fresh folder beside `out` that takes its name only when the block ends well.
+
+    Raises FileExistsError when `out` is a file or a non-empty folder (unless `force`), PermissionError when the
+    parent cannot be written, OSError with the remedy when the disk is full. What was there before stays until
+    the new folder is complete, whatever happens.
+    """
+    out = Path(out).absolute()
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not force):
+        raise FileExistsError(
+            f"{out} exists and is not empty; choose another output or pass --force to replace it"
+        )
+    partial, old = (out.with_name(f".{out.name}.{stage}-{os.getpid()}") for stage in ("partial", "old"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+    except (OSError, SafetensorError) as problem:
+        raise _explain(problem, out) from problem
+    finally:
+        for leftover in (partial, *_abandoned(out)):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _abandoned(out: Path) -> list[Path]:
+    """Staging folders of processes that were killed."""
+    found = out.parent.glob(f".{out.name}.partial-*") if out.parent.is_dir() else []
+    return [path for path in found if not _alive(int(path.name.rpartition("-")[2]))]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _explain(problem: Exception, out: Path) -> Exception:
+    text = str(problem)
+    if getattr(problem, "errno", None) == errno.ENOSPC or "os error 28" in text:
+        return OSError(errno.ENOSPC, f"disk full while writing {out}; nothing was changed: free space and repeat")
+    if isinstance(problem, PermissionError) or getattr(problem, "errno", None) == errno.EROFS:
+        return PermissionError(f"cannot write to {out.parent}; choose an output folder you may write to")
+    return problem
+
+
+def save(folder: Path, model: nn.Module, about: Mapping[str, Any] | None = None) -> None:
+    """Write a model with compressed sites into an existing folder (see `staged`), with `about` in its json.
+
+    Tied parameters are stored once; the json names the aliases.
+    """
+    tensors, tied = unique(model)
+    sites = {
+        name: {"kind": "compressed", "op": spec(module.op), "bias": module.bias is not None}
+        for name, module in model.named_modules()
+        if isinstance(module, OpLinear)
+    }
+    write_tensors(folder / WEIGHTS, tensors)
+    write_about(folder, {**(about or {}), "sites": sites, "tied": tied})
+
+
+def unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's state without repetitions, and alias -> the name that holds the tensor."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        holder = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
+        if holder == name:
+            tensors[name] = tensor
+        else:
+            tied[name] = holder
+    return tensors, tied
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, every tensor contiguous."""
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """The folder's json, with format and library version."""
+    text = json.dumps({"format": FORMAT, "library": library_version(), **about}, indent=1)
+    (folder / ABOUT).write_text(text + "\n", encoding="utf-8")
+
+
+def read_about(folder: str | Path) -> Json:
+    """The folder's json; raises FileNotFoundError, or ValueError for damage or a newer format."""
+    path = Path(folder) / ABOUT
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {ABOUT}; it is not a folder that subspan saved")
+    try:
+        about: Json = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"{path} is damaged: {problem}; save the model again") from None
+    if about.get("format", 0) > FORMAT:
+        raise ValueError(
+            f"{path} has format {about['format']}, written by subspan {about.get('library')}; this is subspan "
+            f"{library_version()}, which reads up to {FORMAT}: upgrade subspan"
+        )
+    return about
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; raises ValueError naming the file when it is damaged or cut short."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; copy or save the folder again")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as problem:
+        raise ValueError(f"{path} is damaged or cut short ({problem}); copy or save it again") from None
+
+
+def load(folder: str | Path, model: nn.Module) -> Edit:
+    """Turn a model of the original architecture into the saved one, in place.
+
+    Every tensor must be there, of the right shape, and nothing else: ValueError lists what is missing, left
+    over or misshapen, and the model is left as it was.
+    """
+    about, tensors = read_about(folder), read_tensors(Path(folder) / WEIGHTS)
+
+    def make(name: str, old: nn.Module) -> nn.Module:
+        site = about["sites"][name]
+        op = build(site["op"])
+        return OpLinear(op, torch.empty(op.shape[0], dtype=next(op.parameters()).dtype) if site["bias"] else None)
+
+    done = edit(model, list(about["sites"]), make)
+    try:
+        fill(model, tensors, about.get("tied", {}), str(folder))
+    except BaseException:
+        done.undo()
+        raise
+    return done
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str], where: str) -> None:
+    """Load tensors strictly, keeping the saved precision."""
+    state = {**tensors, **{alias: tensors[name] for alias, name in tied.items() if name in tensors}}
+    have = model.state_dict()
+    report = [
+        ("missing", [name for name in have if name not in state]),
+        ("unexpected", [name for name in state if name not in have]),
+        ("of another shape", [n for n, t in state.items() if n in have and t.shape != have[n].shape]),
+    ]
+    problems = [f"{len(names)} {what} ({', '.join(names[:5])})" for what, names in report if names]
+    if problems:
+        raise ValueError(
+            f"{where} does not fit this model: {'; '.join(problems)}; load it into its own architecture"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.data = state[name].to(parameter.device)
+    for name, buffer in model.named_buffers():
+        if name in state:
+            buffer.copy_(state[name])
+
+
+def library_version() -> str:
+    """The installed version of subspan."""
+    return version("subspan")

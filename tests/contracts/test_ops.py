@@ -1,0 +1,164 @@
+"""Every op keeps the LinOp contract: a new op adds one row and inherits every test."""
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from subspan.ops import Dense, Diag, LinOp, LowRank, OpLinear, Product, Scaled, Sum, Transposed
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+ROWS: dict[str, Callable[[], LinOp]] = {
+    "dense": lambda: Dense(rand(5, 4)),
+    "diag": lambda: Diag(rand(4)),
+    "lowrank": lambda: LowRank(rand(5, 2), rand(2, 4)),
+    "lowrank-1": lambda: LowRank(rand(5, 1), rand(1, 4)),
+    "sum": lambda: Sum([Dense(rand(5, 4)), LowRank(rand(5, 2), rand(2, 4)), Dense(rand(5, 4, seed=1))]),
+    "product": lambda: Product([Dense(rand(5, 3)), Diag(rand(3)), Dense(rand(3, 4))]),
+    "scaled": lambda: Scaled(LowRank(rand(5, 2), rand(2, 4)), -1.5),
+    "transposed": lambda: Transposed(LowRank(rand(4, 2), rand(2, 5))),
+    "nested": lambda: Sum(
+        [
+            Product([Diag(rand(5)), Scaled(Transposed(Dense(rand(4, 5))), 0.3), Diag(rand(4))]),
+            Transposed(Sum([Dense(rand(4, 5, seed=2)), Scaled(LowRank(rand(4, 2), rand(2, 5)), 2.0)])),
+        ]
+    ),
+}
+
+
+@pytest.fixture(params=ROWS)
+def op(request) -> LinOp:
+    return ROWS[request.param]()
+
+
+def test_shape_is_that_of_dense(op):
+    assert op.shape == tuple(op.dense().shape)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_forward_is_multiplication_by_dense(op, batch):
+    x = rand(*batch, op.shape[1])
+    assert_close(op(x), x @ op.dense().mT)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_back_is_multiplication_by_the_transpose(op, batch):
+    x = rand(*batch, op.shape[0])
+    assert_close(op.back(x), x @ op.dense())
+
+
+def test_back_is_the_adjoint_of_forward(op):
+    x, y = rand(7, op.shape[1]), rand(7, op.shape[0])
+    assert_close((op(x) * y).sum(), (x * op.back(y)).sum())
+
+
+def test_transposing_twice_gives_the_op_itself(op):
+    inner = op.op if isinstance(op, Transposed) else op
+    assert inner.T.T is inner
+    assert op.T is inner or op.T.T is op
+    assert torch.equal(op.T.T.dense(), op.dense())
+
+
+def test_transpose_swaps_forward_and_back_and_shares_parameters(op):
+    assert op.T.shape == op.shape[::-1]
+    assert_close(op.T.dense(), op.dense().mT, rtol=0, atol=0)
+    assert_close(op.T(x := rand(3, op.shape[0])), op.back(x), rtol=0, atol=0)
+    assert_close(op.T.back(y := rand(3, op.shape[1])), op(y), rtol=0, atol=0)
+    assert {id(p) for p in op.T.parameters()} == {id(p) for p in op.parameters()}
+
+
+def test_operators_are_the_algebra_of_dense_matrices(op):
+    left, right = Dense(rand(3, op.shape[0])), Dense(rand(op.shape[1], 2))
+    assert_close((op + op).dense(), 2 * op.dense())
+    assert_close((left @ op @ right).dense(), left.dense() @ op.dense() @ right.dense())
+    assert_close((-2 * op).dense(), -2 * op.dense())
+    assert_close((op * -2).dense(), (-2 * op).dense(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["forward", "back", "dense"])
+def test_gradients_of_input_and_every_parameter(op, method):
+    names = [name for name, _ in op.named_parameters()]
+    x = rand(2, op.shape[0] if method == "back" else op.shape[1])
+
+    class Call(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.op = op
+
+        def forward(self, x):
+            return op.dense() if method == "dense" else getattr(op, method)(x)
+
+    def function(x, *values):
+        tensors = {f"op.{name}": value for name, value in zip(names, values, strict=True)}
+        return functional_call(Call(), tensors, (x,))
+
+    assert names
+    assert torch.autograd.gradcheck(function, (x, *(p.detach().requires_grad_() for p in op.parameters())))
+
+
+def test_constructor_arguments_are_attributes_that_rebuild_the_op(op):
+    arguments = list(inspect.signature(type(op).__init__).parameters)[1:]
+    values = {name: getattr(op, name) for name in arguments}
+    values = {k: list(v) if isinstance(v, nn.ModuleList) else v for k, v in values.items()}
+    for value in values.values():
+        allowed = (torch.Tensor, LinOp, int, float, str)
+        assert all(isinstance(v, allowed) for v in (value if isinstance(value, list) else [value]))
+    assert torch.equal(type(op)(**values).dense(), op.dense())
+
+
+def test_state_dict_keys_start_with_constructor_arguments(op):
+    arguments = set(inspect.signature(type(op).__init__).parameters) - {"self"}
+    assert {key.partition(".")[0] for key in op.state_dict()} <= arguments
+    assert len(op.state_dict()) == len(list(op.parameters()))
+
+
+def test_state_dict_carries_everything_that_trains(op):
+    saved = {k: v.clone() for k, v in op.state_dict().items()}
+    before = op.dense().detach().clone()
+    with torch.no_grad():
+        for p in op.parameters():
+            p.add_(1)
+    assert not torch.allclose(op.dense(), before)
+    op.load_state_dict(saved)
+    assert torch.equal(op.dense(), before)
+
+
+def test_ops_keep_a_parameter_and_freeze_a_plain_tensor():
+    mine = nn.Parameter(torch.ones(2, 2))
+    assert Dense(mine).w is mine
+    assert not Dense(torch.ones(2, 2)).w.requires_grad
+    assert Dense(torch.ones(2, 2, requires_grad=True)).w.requires_grad
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_oplinear_is_linear_with_the_dense_weight(op, with_bias):
+    bias = rand(op.shape[0]) if with_bias else None
+    layer = OpLinear(op, bias)
+    x = rand(2, 3, op.shape[1])
+    assert_close(layer(x), nn.functional.linear(x, layer.weight, bias))
+    assert (layer.out_features, layer.in_features) == op.shape
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: LowRank(torch.ones(3, 2), torch.ones(1, 4)), r"u \(3, 2\) and v \(1, 4\)"),
+        (lambda: Sum([Dense(torch.ones(2, 3)), Dense(torch.ones(3, 2))]), r"\(2, 3\), \(3, 2\)"),
+        (lambda: Product([Dense(torch.ones(2, 3)), Dense(torch.ones(2, 3))]), "3 and 2 differ"),
+        (lambda: Sum([]), "Sum"),
+        (lambda: Product([]), "Product"),
+    ],
+    ids=["lowrank", "sum", "product", "empty-sum", "empty-product"],
+)
+def test_ops_that_do_not_fit_together_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
