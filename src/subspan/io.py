@@ -217,32 +217,28 @@ def load(folder: str | Path, model: nn.Module) -> Edit:
 
     done = edit(model, list(about["sites"]), make)
     try:
-        fill(model, tensors, about.get("tied", {}), str(folder))
+        aliases = {alias: tensors[name] for alias, name in about.get("tied", {}).items() if name in tensors}
+        fill(model.state_dict(keep_vars=True), {**tensors, **aliases}, str(folder))
     except BaseException:
         done.undo()
         raise
     return done
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str], where: str) -> None:
-    """Load tensors strictly, keeping the saved precision."""
-    state = {**tensors, **{alias: tensors[name] for alias, name in tied.items() if name in tensors}}
-    have = model.state_dict()
+def fill(have: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load tensors strictly into parameters and buffers of the same names, keeping the saved precision."""
     report = [
-        ("missing", [name for name in have if name not in state]),
-        ("unexpected", [name for name in state if name not in have]),
-        ("of another shape", [n for n, t in state.items() if n in have and t.shape != have[n].shape]),
+        ("missing", [name for name in have if name not in tensors]),
+        ("unexpected", [name for name in tensors if name not in have]),
+        ("of another shape", [n for n, t in tensors.items() if n in have and t.shape != have[n].shape]),
     ]
     problems = [f"{len(names)} {what} ({', '.join(names[:5])})" for what, names in report if names]
     if problems:
         raise ValueError(
             f"{where} does not fit this model: {'; '.join(problems)}; load it into its own architecture"
         )
-    for name, parameter in model.named_parameters():
-        parameter.data = state[name].to(parameter.device)
-    for name, buffer in model.named_buffers():
-        if name in state:
-            buffer.copy_(state[name])
+    for name, tensor in have.items():
+        tensor.data = tensors[name].to(tensor.device)
 
 
 def library_version() -> str:

@@ -173,7 +173,7 @@ def whiten(h: Tensor, ridge: float = 0.0) -> Whitened:
         factor factor^T = h + ridge * mean(diag h) * I
 
     A singular h (fewer tokens than columns, dead inputs) gets the smallest ridge of 1e-9, 1e-8, ... 1e-2 that
-    lets the factorization succeed; the result says which. For an all-zero h the mean counts as 1.
+    lets the factorization succeed; the result says which. An all-zero h counts as the identity.
 
     >>> whiten(4 * torch.eye(2)).factor.diagonal()
     tensor([2., 2.], dtype=torch.float64)
@@ -181,8 +181,9 @@ def whiten(h: Tensor, ridge: float = 0.0) -> Whitened:
     x = h.double()
     require_finite(x)
     mean = x.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
-    mean = torch.where(mean == 0, 1.0, mean)
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    empty = (x == 0).flatten(-2).all(-1)[..., None, None]
+    x, mean = torch.where(empty, eye, x), torch.where(mean == 0, 1.0, mean)
     for attempt in (ridge, *(10.0**p for p in range(-9, -1) if 10.0**p > ridge)):
         factor, info = torch.linalg.cholesky_ex(x + attempt * mean * eye)
         # A pivot at round-off level "succeeds", but its inverse amplifies noise.

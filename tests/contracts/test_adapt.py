@@ -16,9 +16,9 @@ from subspan.adapt import (
     Adapter,
     Add,
     FromWeight,
-    Keep,
+    KeepBase,
     Rescale,
-    Subtract,
+    SubtractInit,
     ZeroLowRank,
     adapt,
     merge,
@@ -216,20 +216,20 @@ def test_per_rank_scales():
 
 
 def test_an_adapter_is_a_value_that_prints_itself():
-    adapter = Adapter(FromWeight(4, scale=2.0), Add(2.0), Subtract())
+    adapter = Adapter(FromWeight(4, scale=2.0), Add(2.0), SubtractInit())
     text = repr(adapter)
     assert eval(text) == adapter
     assert eval(repr(Adapter(ZeroLowRank(2), Rescale(0.5)))).join.scale == 0.5
     assert not re.search(r"0x[0-9a-f]+|function", repr(Adapter(ZeroLowRank(2), Rescale(0.5))))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        adapter.base = Keep()
+        adapter.base = KeepBase()
 
 
 def test_subtract_leaves_the_remainder_and_the_original_alone():
     layer, x = base(), rand(4, 5, seed=7)
     before = copy.deepcopy(layer)
     adapted = Adapted(layer)
-    adapted.add("a", op := delta(), Add(0.5), Subtract())
+    adapted.add("a", op := delta(), Add(0.5), SubtractInit())
     assert_close(adapted.base.weight, before.weight - 0.5 * op.dense())
     assert_close(adapted(x), before(x), rtol=0, atol=1e-12)
     assert torch.equal(layer.weight, before.weight) and adapted.base is not layer
@@ -252,8 +252,8 @@ def test_subtract_on_top_of_another_adapter_is_refused_and_changes_nothing():
     adapted, x = Adapted(base()), rand(4, 5, seed=7)
     adapted.add("a", delta(), Rescale())
     before, keys = adapted(x), list(adapted.state_dict())
-    with pytest.raises(ValueError, match=r"'b': Subtract\(\) changes the base under a"):
-        adapted.add("b", delta(20), Add(), Subtract())
+    with pytest.raises(ValueError, match=r"'b': SubtractInit\(\) changes the base under a"):
+        adapted.add("b", delta(20), Add(), SubtractInit())
     assert torch.equal(adapted(x), before)
     assert list(adapted.state_dict()) == keys and adapted.active == ("a",)
 

@@ -12,9 +12,9 @@ from subspan.adapt import (
     Adapted,
     Adapter,
     FromWeight,
-    Keep,
+    KeepBase,
     Rescale,
-    Subtract,
+    SubtractInit,
     ZeroLowRank,
     adapt,
     merge,
@@ -72,7 +72,7 @@ def test_g1_it_starts_at_the_base(preset, bias):
     layer, x = base(bias), rand(4, N, seed=7)
     before = copy.deepcopy(layer)(x)
     after = put(preset, layer)(x)
-    if preset.base == Keep():
+    if preset.base == KeepBase():
         assert torch.equal(after, before)
     assert_close(after, before, rtol=0, atol=1e-12)
 
@@ -281,7 +281,7 @@ def test_zero_lowrank_is_zero_uniform_and_its_own_at_every_site():
 def test_drawing_an_adapter_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     for op in (ZeroLowRank(2), FromWeight(2), FromWeight(2, solver="random")):
-        merge(adapt(Adapter(op, Rescale(), Subtract()))("site", base()))
+        merge(adapt(Adapter(op, Rescale(), SubtractInit()))("site", base()))
     layer_made = torch.get_rng_state()
     torch.set_rng_state(before)
     for _ in range(3):

@@ -12,9 +12,9 @@ from subspan.adapt.layer import Adapted as Adapted
 from subspan.adapt.layer import Adapter as Adapter
 from subspan.adapt.layer import Base as Base
 from subspan.adapt.layer import Folded as Folded
-from subspan.adapt.layer import Keep as Keep
+from subspan.adapt.layer import KeepBase as KeepBase
 from subspan.adapt.layer import Slot as Slot
-from subspan.adapt.layer import Subtract as Subtract
+from subspan.adapt.layer import SubtractInit as SubtractInit
 from subspan.adapt.layer import adapt as adapt
 from subspan.adapt.layer import merge as merge
 from subspan.adapt.layer import trainable as trainable

@@ -22,7 +22,7 @@ class Base(Protocol):
 
 
 @dataclass(frozen=True)
-class Keep:
+class KeepBase:
     """The layer stays as it is."""
 
     def __call__(self, layer: nn.Linear, op: LinOp, join: Join) -> nn.Linear:
@@ -31,7 +31,7 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Subtract:
+class SubtractInit:
     """The layer keeps what the op leaves, so that both together are the original weight."""
 
     def __call__(self, layer: nn.Linear, op: LinOp, join: Join) -> nn.Linear:
@@ -45,7 +45,7 @@ class Adapter:
 
     op: Callable[[str, Tensor], LinOp]
     join: Join
-    base: Base = Keep()
+    base: Base = KeepBase()
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Adapted(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.train(base.training)
 
-    def add(self, name: str, op: LinOp, join: Join, base: Base = Keep()) -> None:
+    def add(self, name: str, op: LinOp, join: Join, base: Base = KeepBase()) -> None:
         """Put an adapter on top of the active ones and activate it; on an error nothing has changed.
 
         Which tensors of the op train is the op's own business. Raises ValueError for a name that is taken or

@@ -54,6 +54,7 @@ def decompose(w: Tensor, metric: Metric = Metric(), *, solver: Solver = "exact")
 class Svd:
     """Truncated singular value decomposition: the optimum among matrices of this rank (Eckart, Young, 1936).
 
+    >>> import torch
     >>> Svd(rank=1)(torch.eye(2)).rank
     1
     """

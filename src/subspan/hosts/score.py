@@ -64,13 +64,9 @@ def decode(model: nn.Module, prompt_ids: Tensor, *, new_tokens: int) -> tuple[Te
     """
     prompt = prompt_ids.reshape(1, -1) if prompt_ids.ndim == 1 else prompt_ids
     if prompt.ndim != 2 or prompt.shape[0] != 1 or prompt.shape[1] < 1:
-        raise ValueError(
-            f"prompt_ids has shape {tuple(prompt_ids.shape)}; it must be (length,) or (1, length)"
-        )
+        raise ValueError(f"prompt_ids has shape {tuple(prompt_ids.shape)}; it must be (length,) or (1, length)")
     if new_tokens < 2:
-        raise ValueError(
-            f"new_tokens is {new_tokens}; it must be at least 2, one from the prompt and one timed"
-        )
+        raise ValueError(f"new_tokens is {new_tokens}; it must be at least 2, one from the prompt and one timed")
     _check_vocabulary(model, prompt)
     device = _device(model)
     with _evaluating(model):

@@ -67,8 +67,7 @@ def windows(ids: Tensor, length: int, count: int | None = None, start: int = 0) 
         raise ValueError(f"ids has shape {tuple(ids.shape)}; it must be one row of tokens, (tokens,)")
     if length < 1 or start < 0 or (count is not None and count < 1):
         raise ValueError(
-            f"length {length}, count {count}, start {start}: "
-            "length and count must be at least 1, start at least 0"
+            f"length {length}, count {count}, start {start}: length and count must be at least 1, start at least 0"
         )
     left = max(0, len(ids) - start)
     wanted = 1 if count is None else count

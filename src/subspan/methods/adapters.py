@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from subspan.adapt import Adapter, Add, FromWeight, Rescale, Subtract, ZeroLowRank, per_rank
+from subspan.adapt import Adapter, Add, FromWeight, Rescale, SubtractInit, ZeroLowRank, per_rank
 from subspan.methods.registry import method
 
 
@@ -40,4 +40,4 @@ def dora(*, rank: int = 8, alpha: float = 16.0) -> Adapter:
 def pissa(*, rank: int = 16, alpha: float = 16.0) -> Adapter:
     """Train the principal singular triples of the weight, freeze the rest."""
     scale = per_rank(alpha, rank)
-    return Adapter(FromWeight(rank, scale=scale), Add(scale), Subtract())
+    return Adapter(FromWeight(rank, scale=scale), Add(scale), SubtractInit())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-Kind = Literal["optimizer", "adapter", "compression"]
+Kind = Literal["optimizer", "adapter", "compression", "healing"]
 Status = Literal["transcript", "limits", "unverified"]
 Preset = TypeVar("Preset", bound=Callable[..., Any])
 
@@ -78,9 +78,7 @@ def find(name: str, kind: Kind | None = None) -> Method:
     """The method of that name; raises ValueError listing what exists."""
     known = methods(kind)
     if name not in known:
-        raise ValueError(
-            f"unknown {kind or ''} method {name!r}; there are: {', '.join(known)}".replace("  ", " ")
-        )
+        raise ValueError(f"unknown {kind or ''} method {name!r}; there are: {', '.join(known)}".replace("  ", " "))
     return known[name]
 
 

@@ -1,0 +1,34 @@
+"""How a gradient becomes a step: rules, the subspaces they work in, and the one optimizer."""
+
+from subspan.optim.optimizer import Optim as Optim
+from subspan.optim.optimizer import Where as Where
+from subspan.optim.optimizer import hidden_matrices as hidden_matrices
+from subspan.optim.projected import Projected as Projected
+from subspan.optim.projected import Side as Side
+from subspan.optim.refresh import Carry as Carry
+from subspan.optim.refresh import Every as Every
+from subspan.optim.refresh import Keep as Keep
+from subspan.optim.refresh import Refresh as Refresh
+from subspan.optim.refresh import Reset as Reset
+from subspan.optim.refresh import Rotate as Rotate
+from subspan.optim.refresh import keep as keep
+from subspan.optim.refresh import reset as reset
+from subspan.optim.refresh import rotate as rotate
+from subspan.optim.residual import Drop as Drop
+from subspan.optim.residual import ErrorFeedback as ErrorFeedback
+from subspan.optim.residual import NormScale as NormScale
+from subspan.optim.residual import Residual as Residual
+from subspan.optim.residual import Sign as Sign
+from subspan.optim.rule import Rule as Rule
+from subspan.optim.rules import Adam as Adam
+from subspan.optim.rules import Chain as Chain
+from subspan.optim.rules import Momentum as Momentum
+from subspan.optim.rules import Sgd as Sgd
+from subspan.optim.rules import chain as chain
+from subspan.optim.state import Scope as Scope
+from subspan.optim.state import State as State
+from subspan.optim.stored import Stored as Stored
+from subspan.optim.stored import stored as stored
+from subspan.optim.subspace import Rows as Rows
+from subspan.optim.subspace import Span as Span
+from subspan.optim.subspace import Subspace as Subspace

@@ -1,0 +1,46 @@
+"""Which parameters learn after a compression: the low-rank ones, by WeLore's finding that only they should."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from subspan.ops import LowRank
+
+Named = list[tuple[str, nn.Parameter]]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Train the factors of low-rank layers, and the normalization weights if `norms`; freeze everything else.
+
+    Optimizer state then exists only for these: 2 sum rank (m + n) numbers under Adam.
+    """
+
+    norms: bool = False
+
+    def choose(self, model: nn.Module) -> Named:
+        """Freeze the model but for the chosen parameters and return those by name.
+
+        Raises ValueError when the model has no low-rank layer.
+        """
+        ops = [name for name, m in model.named_modules() if isinstance(m, LowRank)]
+        if not ops:
+            raise ValueError(f"{type(model).__name__} has no low-rank layer to train; compress it first")
+        wanted = {f"{name}.{factor}" for name in ops for factor in ("u", "v")}
+        if self.norms:
+            wanted |= {
+                name for name, p in model.named_parameters() if p.ndim == 1 and name.endswith("norm.weight")
+            }
+        return only(model, wanted)
+
+
+def only(model: nn.Module, names: set[str]) -> Named:
+    """Let exactly these parameters want gradients, and return them in the model's order."""
+    chosen = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+        if name in names:
+            chosen.append((name, parameter))
+    return chosen

@@ -1,0 +1,115 @@
+"""Any model by one name: `smollm2`, a transformers folder, or a folder that subspan saved."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan import io
+from subspan.adapt import Adapted, adapt
+from subspan.adapt.layer import Slot
+from subspan.edit import edit
+from subspan.hosts import transformers as host
+from subspan.hosts.transformers import LoadedModel
+from subspan.methods import build
+
+
+def open_model(
+    name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> LoadedModel:
+    """Load a model by name, whatever kind of folder it is: plain, compressed, or an adapter and its base.
+
+    Raises what `hosts.transformers.load` and `io.load` raise, and ValueError when an adapter's base is not the
+    one that it was trained on.
+    """
+    folder = Path(name)
+    if name == "smollm2" or not (folder / io.ABOUT).is_file():
+        return host.load(name, dtype=dtype, device=device, progress=progress)
+    about = io.read_about(folder)
+    if about.get("kind") == "adapter":
+        base = open_model(about["base"]["source"], dtype=dtype, device=device, progress=progress)
+        put_adapter(base.model, folder, about)
+        base.model.to(device)
+        return replace(base, source=str(folder))
+    model = host.skeleton(folder, dtype=dtype)
+    io.load(folder, model)
+    return LoadedModel(model.to(device, dtype).eval(), host.tokenizer(folder), str(folder))
+
+
+def save_model(
+    out: str | Path, loaded: LoadedModel, about: Mapping[str, Any] | None = None, *, force: bool = False
+) -> Path:
+    """Write a whole model, compressed sites included, as a folder that `open_model` takes; see `io.staged`."""
+    with io.staged(out, force=force) as folder:
+        host.save_folder_extras(loaded.model, loaded.tokenizer, folder)
+        io.save(folder, loaded.model, {"kind": "model", "source": loaded.source, **(about or {})})
+    return Path(out)
+
+
+def save_adapter(
+    out: str | Path,
+    model: nn.Module,
+    *,
+    method: str,
+    args: Mapping[str, Any],
+    source: str,
+    about: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write only what was added to the base: the adapters' tensors, the preset that made them, the base's hash.
+
+    Raises ValueError for a model without adapters.
+    """
+    sites = [name for name, m in model.named_modules() if isinstance(m, Adapted)]
+    if not sites:
+        raise ValueError(f"{type(model).__name__} carries no adapter; adapt it first")
+    with io.staged(out, force=force) as folder:
+        io.write_tensors(folder / io.WEIGHTS, added(model))
+        base = {"source": source, "sha256": fingerprint(model, sites)}
+        what = {"kind": "adapter", "method": method, "args": dict(args), "base": base, "sites": sites}
+        io.write_about(folder, {**what, **(about or {})})
+    return Path(out)
+
+
+def put_adapter(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> None:
+    """Put a saved adapter on its base, strictly; the model is left as it was on any error."""
+    done = edit(model, about["sites"], adapt(build(about["method"], "adapter", **about["args"])))
+    try:
+        found = fingerprint(model, about["sites"])
+        if found != about["base"]["sha256"]:
+            raise ValueError(
+                f"{folder} was trained on other weights than {about['base']['source']} has now (sha256 "
+                f"{found[:12]} instead of {about['base']['sha256'][:12]}); give it the base it was made for"
+            )
+        io.fill(added(model), io.read_tensors(folder / io.WEIGHTS), str(folder))
+    except BaseException:
+        done.undo()
+        raise
+
+
+def added(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' parameters, by their names in the model."""
+    slots = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Slot))
+    return {name: t for name, t in model.state_dict(keep_vars=True).items() if name.startswith(slots)}
+
+
+def fingerprint(model: nn.Module, sites: Iterable[str]) -> str:
+    """sha256 over the base weights under the adapted sites, in float32."""
+    digest = hashlib.sha256()
+    for name in sorted(sites):
+        layer = model.get_submodule(name)
+        base = layer.base if isinstance(layer, Adapted) else layer
+        for key, tensor in sorted(base.state_dict().items()):
+            digest.update(f"{name}.{key}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

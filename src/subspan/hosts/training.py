@@ -1,0 +1,166 @@
+"""A plain training loop for language models: next-token loss, warm-up, cosine, validation, progress."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from subspan.hosts.meter import Meter
+from subspan.hosts.score import nll
+
+
+@dataclass
+class History:
+    """What a run did: (step, loss) in nats per token, tokens per second, peak memory and state in bytes."""
+
+    train: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    tokens_per_second: float = 0.0
+    peak_rss: int = 0
+    state_bytes: int = 0
+
+    @property
+    def final(self) -> float:
+        """The last validation loss."""
+        return self.validation[-1][1]
+
+
+def draw(ids: Tensor, *, length: int, batch: int, steps: int, seed: int = 0) -> Iterator[Tensor]:
+    """`steps` batches (batch, length) of random windows of ids (tokens,), the same for the same seed."""
+    if len(ids) < length:
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {length}; give a longer text")
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        starts = torch.randint(len(ids) - length + 1, (batch,), generator=generator).tolist()
+        yield torch.stack([ids[start : start + length] for start in starts])
+
+
+def cosine(step: int, steps: int, *, warmup: int, floor: float = 0.1) -> float:
+    """The factor on the learning rate: linear to 1 over `warmup` steps, then half a cosine down to `floor`.
+
+    >>> cosine(0, 100, warmup=10), cosine(9, 100, warmup=10), round(cosine(100, 100, warmup=10), 6)
+    (0.1, 1.0, 0.1)
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    validation: Tensor | None = None,
+    every: int = 100,
+    warmup: int | None = None,
+    clip: float | None = 1.0,
+    label: str = "training",
+    progress: bool = False,
+    after: Callable[[int], None] | None = None,
+) -> History:
+    """Step through the batches (batch, length) of token ids and return what happened.
+
+    Validation is the mean next-token loss on `validation` (count, length), before the first step, each `every`
+    steps and at the end; `after(step)` is called after every step. Raises FloatingPointError when the loss is
+    not finite, and RuntimeError when a parameter that wants gradients has not moved after the first step with
+    a learning rate.
+    """
+    history = History()
+    warmup = max(1, steps // 10) if warmup is None else warmup
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: cosine(t, steps, warmup=warmup))
+    watch = still(optimizer)
+    model.train()
+    tokens, seconds = 0, 0.0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True), disable=not progress)
+    with bar:
+        task = bar.add_task(label, total=steps, loss="")
+        for step, ids in enumerate(batches, 1):
+            if validation is not None and (step - 1) % every == 0:
+                history.validation.append((step - 1, nll(model, validation, batch=8).mean().item()))
+            with Meter() as meter:
+                loss = advance(model, ids, optimizer, clip)
+                schedule.step()
+            tokens, seconds = tokens + ids.numel(), seconds + meter.seconds
+            history.peak_rss = max(history.peak_rss, meter.peak)
+            history.train.append((step, loss))
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"{label}: the loss is {loss} at step {step}; lower the learning rate")
+            if step == 1:
+                moved(watch, label)
+            if after is not None:
+                after(step)
+            bar.update(task, advance=1, loss=f"loss {loss:.3f}")
+    if validation is not None:
+        history.validation.append((steps, nll(model, validation, batch=8).mean().item()))
+    history.tokens_per_second = tokens / seconds
+    history.state_bytes = state_bytes(optimizer)
+    model.eval()
+    return history
+
+
+def advance(model: nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer, clip: float | None) -> float:
+    """One step on one batch; returns its loss."""
+    result: Any = model(input_ids=ids, labels=ids)
+    optimizer.zero_grad(set_to_none=True)
+    result.loss.backward()
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(wanting(optimizer), clip)
+    optimizer.step()
+    loss: float = result.loss.item()
+    return loss
+
+
+def wanting(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters that the optimizer steps."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def still(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor, Tensor]]:
+    """Names, parameters, and a sample of each as it is now."""
+    rows = []
+    for group in optimizer.param_groups:
+        names = group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))])
+        rows += [(name, p, sample(p)) for name, p in zip(names, group["params"], strict=True)]
+    return rows
+
+
+def sample(p: Tensor) -> Tensor:
+    """A copy of at most 4096 evenly spread entries."""
+    flat = p.detach().flatten()
+    return flat[:: max(1, flat.numel() // 4096)].clone()
+
+
+def moved(before: list[tuple[str, Tensor, Tensor]], label: str) -> None:
+    """Raise RuntimeError naming the parameters that are where they were, though they had a gradient."""
+    stuck = [
+        name
+        for name, p, old in before
+        if p.grad is not None and bool(p.grad.any()) and torch.equal(sample(p), old)
+    ]
+    if stuck:
+        raise RuntimeError(
+            f"{label}: {len(stuck)} parameters did not move in the first step, e.g. {', '.join(stuck[:3])}; "
+            "is the learning rate too small for their precision?"
+        )
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the optimizer's state, each storage once."""
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

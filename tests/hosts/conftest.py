@@ -1,0 +1,48 @@
+"""Models shared by the tests of the hosts: a tiny random Llama, and SmolLM2 loaded once."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from subspan.hosts import text, transformers
+
+
+def tiny() -> LlamaForCausalLM:
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**sizes)).double().eval()
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return tiny()
+
+
+@pytest.fixture(scope="session")
+def words() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=text.train_tokenizer(text.prose()[:20_000], 300))
+
+
+@pytest.fixture
+def folder(tmp_path, llama, words):
+    llama.save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> transformers.LoadedModel:
+    return transformers.load("smollm2")
