@@ -12,10 +12,10 @@ demo-quick: $(STAMP)
 	$(BIN)/subspan demo --quick -o runs/demo-quick --force
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -n 2 -m "not full"
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests tools bench

@@ -247,7 +247,7 @@ def test_energy_reaches_the_nearest_possible_reduction(err, seed):
 
 
 @pytest.mark.parametrize("budget", [Energy, WeLore])
-@pytest.mark.parametrize("err", [0.05, 0.3, 0.5])
+@pytest.mark.parametrize("err", [0.05, 0.3, 0.5, 0.8])
 def test_a_single_large_matrix_is_cut_to_the_nearest_integer(err, budget):
     s = torch.linspace(1.2, 1.0, 4001, dtype=torch.float64)
     rank = budget(Err(err))({"a": s}, {"a": (4001, 4001)})["a"]

@@ -266,7 +266,7 @@ class OnlyTied(nn.Module):
 
 
 def test_a_model_of_tied_layers_only_is_refused_and_the_remedy_works():
-    with pytest.raises(ValueError, match="shares its weight.*tied='share'"):
+    with pytest.raises(ValueError, match=r"shares its weight.*tied='share'"):
         sites(OnlyTied())
     assert list(sites(OnlyTied(), tied="share")) == ["head"]
 
@@ -283,7 +283,7 @@ def test_an_earlier_edit_is_not_undone_under_a_later_one():
     model = nested()
     before = objects(model)
     first, second = again(model, "0")
-    with pytest.raises(RuntimeError, match="0 was changed again.*undo the later edit first"):
+    with pytest.raises(RuntimeError, match=r"0 was changed again.*undo the later edit first"):
         first.undo()
     assert isinstance(model[0], nn.Sequential) and isinstance(model[0][0], Zero)
     second.undo()

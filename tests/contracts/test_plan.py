@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from subspan.budget import Err, Uniform
+from subspan.budget import Err, Ratio, Uniform
 from subspan.compress import study
 from subspan.edit import shapes, sites
 from subspan.plan import FORMAT, Plan, SitePlan, break_even, numbers, site_plan
@@ -60,6 +61,19 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         study(net()).plan(Uniform(Err(0.5)), args={"dtype": torch.float32}).to_json(tmp_path / "plan.json")
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
+
+
+def test_arguments_that_differ_are_written_differently(tmp_path):
+    """`Err(0.5)` removes half of the ranks, `Ratio(0.5)` half of the numbers: the file must tell them apart."""
+    written = []
+    for target in (Err(0.5), Ratio(0.5)):
+        try:
+            study(net()).plan(Uniform(Err(0.5)), args={"target": target}).to_json(tmp_path / "plan.json")
+        except TypeError as refusal:
+            assert "JSON" in str(refusal)
+        else:
+            written.append((tmp_path / "plan.json").read_text())
+    assert len(set(written)) == len(written)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -216,10 +230,11 @@ def test_a_plan_for_the_model_passes_its_check():
 def test_the_table_has_a_row_for_every_site_up_to_the_limit(limit, rows):
     row = SitePlan((8, 6), 2, "lowrank", 32, 192, 112, 0.125, "because")
     plan = Plan("welore", {}, {f"layer.{i}": row for i in range(5)}, 1000)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(plan.table(limit))
-    text = console.export_text()
+    console = Console(width=200, file=StringIO())
+    table = plan.table(limit)
+    console.print(table)
+    text = console.file.getvalue()
     assert [f"layer.{i}" in text for i in range(5)] == [i < rows for i in range(5)]
     assert text.count("12.50%") == text.count("8 x 6") == text.count("2/6") == text.count("because") == rows
-    assert ("more sites" in text) == (rows < 5)
-    assert "rank reduction 66.7%" in text and "numbers kept 58.3%" in text
+    assert (table.caption is not None) == (rows < 5)
+    assert "rank reduction 66.7%" in table.title and "numbers kept 58.3%" in table.title

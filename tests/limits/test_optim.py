@@ -107,8 +107,6 @@ def test_all_rows_refreshed_with_rotate_are_adam(shape):
 def test_a_full_span_with_rotated_momentum_is_momentum(shape, solver):
     grads = gradients(shape)
     rule = Projected(Span(1.0, solver), Every(3, rotate), Momentum())
-    side = "short"
-    assert rule.side == side
     assert_close(run(ours(rule), grads), run(ours(Momentum()), grads), rtol=0, atol=1e-10)
 
 

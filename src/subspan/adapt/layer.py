@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from subspan.adapt.join import Join, Layer
-from subspan.ops import LinOp
+from subspan.ops import LinOp, OpLinear
+
+Linear = nn.Linear | OpLinear
 
 
 class Base(Protocol):
     """What the start of an adapter does to the layer it stands on."""
 
-    def __call__(self, layer: nn.Linear, op: LinOp, join: Join) -> nn.Linear:
+    def __call__(self, layer: Linear, op: LinOp, join: Join) -> Linear:
         """The layer itself, or a new one; the given one is never changed."""
 
 
@@ -25,7 +27,7 @@ class Base(Protocol):
 class KeepBase:
     """The layer stays as it is."""
 
-    def __call__(self, layer: nn.Linear, op: LinOp, join: Join) -> nn.Linear:
+    def __call__(self, layer: Linear, op: LinOp, join: Join) -> Linear:
         """The layer itself."""
         return layer
 
@@ -34,7 +36,7 @@ class KeepBase:
 class SubtractInit:
     """The layer keeps what the op leaves, so that both together are the original weight."""
 
-    def __call__(self, layer: nn.Linear, op: LinOp, join: Join) -> nn.Linear:
+    def __call__(self, layer: Linear, op: LinOp, join: Join) -> Linear:
         """A new layer with the remainder as its weight, in the original's dtype."""
         return linear(join.remainder(layer.weight.detach(), op), layer.bias, like=layer)
 
@@ -99,7 +101,7 @@ class Adapted(nn.Module):
     True
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: Linear) -> None:
         super().__init__()
         self.base = frozen(base)
         self.adapters = nn.ModuleDict()
@@ -188,7 +190,7 @@ class Adapted(nn.Module):
 def adapt(adapter: Adapter, name: str = "default") -> Callable[[str, nn.Module], nn.Module]:
     """The function that puts an adapter on a site: (site, module) -> module, what `edit` asks for.
 
-    An `nn.Linear` becomes the base of a new `Adapted`. An `Adapted` is not changed: the result is a new one that
+    A linear layer becomes the base of a new `Adapted`. An `Adapted` is not changed: the result is a new one that
     shares its base and adapters, so that the old one can be put back. Raises TypeError for any other module, and
     ValueError as `Adapted.add` does, both naming the site.
     """
@@ -213,10 +215,11 @@ def _restack(site: str, module: nn.Module) -> Adapted:
             adapted.adapters[name] = module.slot(name)
         adapted.active = module.active
         return adapted
-    if isinstance(module, nn.Linear):
+    if isinstance(module, Linear):
         return Adapted(module)
     raise TypeError(
-        f"{site}: cannot adapt {type(module).__name__}, only nn.Linear and Adapted; leave it out with '!{site}'"
+        f"{site}: cannot adapt {type(module).__name__}, only nn.Linear, OpLinear and Adapted; "
+        f"leave it out with '!{site}'"
     )
 
 
@@ -245,7 +248,7 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-def frozen(layer: nn.Linear) -> nn.Linear:
+def frozen(layer: Linear) -> Linear:
     """The layer itself when nothing in it trains, else a double whose frozen parameters share its storage."""
     if not any(p.requires_grad for p in layer.parameters()):
         return layer
@@ -253,7 +256,7 @@ def frozen(layer: nn.Linear) -> nn.Linear:
     return copy.deepcopy(layer, memo=dict(views))
 
 
-def linear(weight: Tensor, bias: Tensor | None, *, like: nn.Linear) -> nn.Linear:
+def linear(weight: Tensor, bias: Tensor | None, *, like: Linear) -> nn.Linear:
     """A new `nn.Linear` with copies of the tensors, in the dtype and mode of another."""
     made = nn.Linear(like.in_features, like.out_features, bias=bias is not None, device="meta")
     made.weight = nn.Parameter(weight.detach().to(like.weight.dtype, copy=True))

@@ -36,7 +36,8 @@ class Optim(torch.optim.Optimizer):
         p <- (1 - lr * weight_decay) p,   p <- p - lr * gain * update
 
     `where` is a pattern over names (see `subspan.select`) or a function of (name, parameter). Parameters in half
-    precision have state in float32, and are rounded once a step. State is flat tensors, so a saved `state_dict()`
+    precision have state in float32, and are rounded once a step. Random frames follow from `seed` and the
+    parameter's name, so they do not depend on order or device. State is flat tensors, so a saved `state_dict()`
     loads with weights_only=True; it belongs to names, not to positions. Raises TypeError for parameters without
     names and ValueError for duplicates, a pattern that matches nothing, or a negative lr or weight_decay.
 
@@ -93,7 +94,7 @@ class Optim(torch.optim.Optimizer):
                 loss = closure()
         for name, p, group in self._members():
             if p.grad is not None:
-                self._advance(name, p, group)
+                self._advance(name, p, p.grad, group)
         return loss
 
     def _members(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -101,16 +102,16 @@ class Optim(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 yield name, p, group
 
-    def _advance(self, name: str, p: Tensor, group: dict[str, Any]) -> None:
-        if p.grad is None or p.grad.is_sparse:
+    def _advance(self, name: str, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        if grad.is_sparse:
             raise ValueError(f"{name}: sparse gradients are not supported; build the embedding with sparse=False")
-        rule, g, s = self.rules[group["role"]], wide(p.grad), self.state[p]
+        rule, g, s = self.rules[group["role"]], wide(grad), self.state[p]
         try:
             if "step" not in s:
                 s |= {"step": counter(), **self._blank(name, g, rule)}
-            s["step"] += 1
-            t = int(s["step"])
+            t = int(s["step"]) + 1
             d = rule.update(g, s, p, t)
+            s["step"] += 1  # only now: a refused gradient must not use up the step at which a frame is due
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         lr, decay = group["lr"], group["weight_decay"]

@@ -1,0 +1,44 @@
+"""How much the demo does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the three acts; the numbers that decide how long the demo takes."""
+
+    steps: int = 140
+    batch: int = 8
+    length: int = 128
+    vocab: int = 2048
+    hidden: int = 192
+    layers: int = 4
+    code_chars: int = 600_000
+    errs: tuple[float, ...] = (0.3, 0.5)
+    window: int = 512
+    scored: int = 8
+    calibration: int = 32
+    heal_steps: int = 24
+    heal_length: int = 256
+    decode: int = 16
+    seed: int = 0
+
+    @property
+    def rank(self) -> int:
+        """The rank of act one: a quarter of the hidden size."""
+        return self.hidden // 4
+
+
+def full(seed: int) -> Settings:
+    """About eight minutes on two cores."""
+    return Settings(seed=seed)
+
+
+def quick(seed: int) -> Settings:
+    """The same story in two minutes, with numbers that say less."""
+    return Settings(
+        steps=24, vocab=1024, hidden=128, layers=2, code_chars=150_000, scored=2, calibration=4, heal_steps=3,
+        heal_length=128, decode=4, seed=seed,
+    )  # fmt: skip
