@@ -219,7 +219,7 @@ def exports(source: Source) -> list[tuple[str, str]]:
 
 def resolve(modules: Mapping[str, Source], module: str, name: str) -> tuple[Source, Definition] | None:
     """Where a name is defined, through re-exports; None for a constant, an alias or a module."""
-    if module not in modules:
+    if module not in modules or f"{module}.{name}" in modules:
         return None
     source = modules[module]
     for node in reversed(source.tree.body):  # the last one wins, as in Python: overloads come before it

@@ -118,7 +118,7 @@ ROWS: dict[str, Row] = {
     "welore nlrc": Row(run(lambda: WeLore(Err(0.5), nlrc="truncated")), ["truncated", "truncate", "keep"]),
     "welore gate": Row(run(lambda: WeLore(Err(0.5), gate="break-even")), ["break-even", "half", "break_even"]),
     "solver": Row(lambda model: Svd(2, solver="randomized")(torch.ones(3, 3)), ["randomized", "exact", "gram"]),
-    "ridge": Row(run(measure=Gram(ridge=-1.0), select="blocks.*", batches=BATCHES), ["ridge", "-1"]),
+    "ridge": Row(lambda model: run(measure=Gram(ridge=-1.0), batches=BATCHES)(model), ["ridge", "-1"]),
     # ranks
     "rank zero": Row(
         run(lambda: by_hand(blocks_0=3, blocks_1=0)), ["blocks.1", "rank 0", "min(8, 8) = 8", "choose"]

@@ -34,6 +34,7 @@ METRICS: dict[str, Callable[[], Metric]] = {
     "right-full": lambda: Metric(right=square(N)),
     "full": lambda: Metric(left=square(M), right=square(N)),
     "left-lower": lambda: Metric(left=square(M).tril()),
+    "left-upper": lambda: Metric(left=square(M).triu()),
     "right-lower": lambda: Metric(right=square(N).tril()),
     "left-diagonal-right-full": lambda: Metric(left=positive(M), right=square(N)),
 }

@@ -26,7 +26,7 @@ from subspan.plan import Plan
 TEXT = (
     "SmolLM2-135M-Instruct, a real language model. WeLore reads its spectra and gives every matrix its own rank; "
     "the uniform rule removes the same share everywhere. Each plan is carried out twice: by plain truncation of "
-    "the weights, and under the Gram metric, which measures errors as they show in the outputs on calibration text. "
+    "the weights, and under the Gram metric, which measures errors as they show in the outputs. "
     "Perplexity is on text used for nothing else."
 )
 BUDGETS: dict[str, type[Uniform] | type[WeLore]] = {"welore": WeLore, "uniform": Uniform}

@@ -1,0 +1,371 @@
+"""Whole jobs on language models, as the command line runs them: what a method needs, learns and leaves behind."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from subspan.adapt import Adapted, adapt, merge, trainable
+from subspan.budget import Energy, Err, Ratio
+from subspan.compress import Compression, Study, Track, study
+from subspan.edit import Edit, edit, linears, shapes
+from subspan.heal import Named, only
+from subspan.hosts import folders, text
+from subspan.hosts.training import History
+from subspan.hosts.transformers import LoadedModel
+from subspan.methods import build, find
+from subspan.metric import MEASURES
+from subspan.optim import Adam, Rule
+from subspan.plan import Plan
+from subspan.select import Select
+
+Json = dict[str, Any]
+TARGETS: dict[str, type[Err | Ratio | Energy]] = {"err": Err, "ratio": Ratio, "energy": Energy}
+VALIDATION_WINDOWS = 32
+HELD_OUT = 0.1
+
+# From scratch, and from a trained model, where a tenth to a fiftieth is the custom.
+SCRATCH_LR = {"adamw": 3e-3, "galore": 1e-2, "fira": 1e-2, "frugal": 1e-3}
+FINETUNE_LR = {
+    "adamw": 5e-5, "galore": 2e-4, "fira": 2e-4, "frugal": 5e-5,
+    "lora": 1e-3, "rslora": 1e-3, "dora": 1e-3, "pissa": 3e-4, "welore_peft": 3e-4,
+}  # fmt: skip
+
+
+def vacant(out: str | Path, *, force: bool, reads: Iterable[str | Path] = ()) -> None:
+    """Raise unless `out` may be written, before any work is done for it.
+
+    FileExistsError for a file or a non-empty folder without `force`; with it, ValueError when replacing `out`
+    would delete the working folder, the home folder or one of `reads`; PermissionError when the place is read-only.
+    """
+    out = Path(out).resolve()
+    taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if taken and not force:
+        raise FileExistsError(f"{out} exists and is not empty; choose another output or pass --force to replace it")
+    kept = [Path.cwd(), Path.home(), *(Path(path).resolve() for path in reads if Path(path).exists())]
+    for path in kept if taken else ():
+        if path.is_relative_to(out):
+            raise ValueError(f"replacing {out} would delete {path}, which is in use; choose another output")
+    nearest = next(folder for folder in out.parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise PermissionError(f"cannot write to {nearest}; choose an output that you may write")
+
+
+def place(name: str) -> torch.device:
+    """The device of that name; raises ValueError when there is none such on this machine."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:  # torch asserts that it was compiled with CUDA
+        reason = str(problem).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used ({reason}); use 'cpu', or one this torch knows") from None
+    return device
+
+
+def opened(name: str, *, dtype: str, device: str, merged: bool = False) -> LoadedModel:
+    """Open a model by name, in the named precision; `merged` folds its adapters into plain layers.
+
+    Raises what `open_model` and `place` raise.
+    """
+    source = name if name == "smollm2" else str(Path(name).absolute())
+    loaded = folders.open_model(source, dtype=getattr(torch, dtype), device=place(device), progress=True)
+    if merged:
+        fold(loaded.model)
+    return loaded
+
+
+def fold(model: nn.Module) -> int:
+    """Replace every adapted layer by a plain one with the adapters merged; returns how many there were."""
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    edit(model, list(adapted), lambda name, _: merge(adapted[name]))
+    return len(adapted)
+
+
+def encode(target: Err | Ratio | Energy, metric: str | None = None) -> Json:
+    """What a compression was asked for, as plain values for a plan's `args`; `decode` is the inverse.
+
+    >>> encode(Err(0.5), "gram")
+    {'target': {'err': 0.5}, 'metric': 'gram'}
+    """
+    kind = next(kind for kind, of in TARGETS.items() if isinstance(target, of))
+    value = target.target if isinstance(target, Energy) else target.value
+    return {"target": {kind: value}} | ({"metric": metric} if metric is not None else {})
+
+
+def decode(method: str, args: Mapping[str, Any]) -> Compression:
+    """The compression that a plan's `method` and `args` describe.
+
+    An energy target takes the place of the method's budget, a metric that of its measure. Raises ValueError for
+    anything that `encode` does not write.
+    """
+    unknown = sorted(set(args) - {"target", "metric"})
+    asked = args.get("target")
+    if unknown or not isinstance(asked, Mapping) or len(asked) != 1 or next(iter(asked)) not in TARGETS:
+        raise ValueError(
+            f"args {dict(args)} do not describe a compression; they hold one target of {', '.join(TARGETS)}, such as "
+            "{'target': {'err': 0.5}}, and perhaps a metric"
+        )
+    kind, value = next(iter(asked.items()))
+    target = TARGETS[kind](value)
+    made: Compression = build(method, "compression", target=None if isinstance(target, Energy) else target)
+    if isinstance(target, Energy):
+        made = replace(made, budget=target)
+    metric = args.get("metric")
+    if metric is None:
+        return made
+    if metric not in MEASURES:
+        raise ValueError(f"unknown metric {metric!r}; there are: {', '.join(MEASURES)}")
+    return replace(made, measure=MEASURES[metric])
+
+
+def require_data(method: str, made: Compression, files: Sequence[str] | None) -> None:
+    """Raise ValueError when the measure is read off data and none was named."""
+    if made.measure.needs_data and not files:
+        raise ValueError(
+            f"{method} reads what matters off data; pass --calibrate FILE (or --calibrate @prose, --calibrate @code), "
+            "or --metric plain to do without"
+        )
+
+
+def window_for(model: nn.Module, asked: int | None) -> int:
+    """A window the model can take: what was asked for, or 512 or the model's own limit; ValueError beyond it."""
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or asked or 512
+    if asked is not None and asked > limit:
+        raise ValueError(f"--window {asked} is longer than the model's {limit} positions; use at most {limit}")
+    return asked or min(512, limit)
+
+
+def tokens(tokenizer: Any, content: str, limit: int | None = None) -> Tensor:
+    """Encode a text into (tokens,); with a limit, only as much of it as gives that many, if it does."""
+    length = len(content) if limit is None else 8 * limit
+    while True:
+        ids = text.encode(tokenizer, content[:length])
+        # The last word of a cut text may be cut too, and then encoded otherwise.
+        if length >= len(content) or (limit is not None and len(ids) >= limit + 64):
+            return ids[:limit]
+        length *= 2
+
+
+def calibration(
+    loaded: LoadedModel, made: Compression, files: Sequence[str] | None, *, limit: int, window: int | None
+) -> Tensor | None:
+    """Windows (count, 1, length) of text on the model's device, or None for a measure that reads no data.
+
+    Of at most `limit` tokens, but one window at least. Raises what `text.read` and `text.windows` raise.
+    """
+    if not (made.measure.needs_data and files):
+        return None
+    length = window_for(loaded.model, window)
+    ids = tokens(loaded.tokenizer, text.read(files), max(limit, length))
+    return text.windows(ids, length).unsqueeze(1).to(device_of(loaded.model))
+
+
+def forward(model: nn.Module, ids: Tensor) -> object:
+    """Run a language model on ids (count, length) without filling a cache."""
+    return model(input_ids=ids, use_cache=False)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter is."""
+    return next(model.parameters()).device
+
+
+def make_plan(
+    model: nn.Module,
+    method: str,
+    args: Mapping[str, Any],
+    *,
+    select: Select | None = None,
+    batches: Tensor | None = None,
+    track: Track[str] = iter,
+) -> tuple[Plan, Study]:
+    """Take a model apart and plan a registered method on it; raises what `decode` and `study` raise."""
+    made = decode(method, args)
+    taken = study(model, made.measure, select=select, batches=batches, forward=forward, track=track)
+    return taken.plan(made.budget, method=method, args=args), taken
+
+
+def follow_plan(
+    model: nn.Module, plan: Plan, *, batches: Tensor | None = None, track: Track[str] = iter
+) -> Edit:
+    """Do what a plan says; raises ValueError when it was made for another model."""
+    plan.check(shapes(linears(model)))
+    changed = [name for name, site in plan.sites.items() if site.form != "keep"]
+    if not changed:
+        return Edit(model, {})
+    made = decode(plan.method, plan.args)
+    chosen = set(changed).__contains__
+    taken = study(model, made.measure, select=chosen, batches=batches, forward=forward, track=track)
+    return taken.apply(model, plan)
+
+
+def read_plan(path: str | Path) -> Plan:
+    """A plan file; raises FileNotFoundError saying how to make one, and what `Plan.from_json` raises."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such plan; make one with `subspan plan MODEL --method svd --err 0.5 -o {path}`")
+    return Plan.from_json(path)
+
+
+def write_plan(plan: Plan, path: str | Path) -> Path:
+    """Write a plan file, and its folder if need be; nothing is left when that fails."""
+    path = Path(path)
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder, and a plan is a file; name one, such as {path / 'plan.json'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.to_json(path)
+    except OSError as problem:
+        path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
+        raise OSError(problem.errno, f"cannot write {path} ({problem.strerror}); free space or choose another place") from None
+    return path
+
+
+def rank(value: str) -> int | float:
+    """A rank as given on the command line: a count, or a share of the full rank.
+
+    >>> rank("64"), rank("0.25")
+    (64, 0.25)
+    """
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    count = value.strip().isdigit()
+    if not (number >= 1 if count else 0 < number <= 1):
+        raise ValueError(f"rank {value!r} is neither a count such as 64 nor a share such as 0.25")
+    return int(value) if count else number
+
+
+def default_lr(method: str, *, scratch: bool) -> float:
+    """A learning rate to begin with."""
+    return (SCRATCH_LR if scratch else FINETUNE_LR).get(method, 1e-3 if scratch else 1e-4)
+
+
+def rule(method: str, *, steps: int, rank: int | float | None = None, every: int | None = None) -> tuple[Rule, Json]:
+    """A registered optimizer and the arguments it was built with.
+
+    A quarter of the full rank unless told, and ten refreshes or those every 200 steps, whichever are more.
+    """
+    takes = inspect.signature(find(method, "optimizer").build).parameters
+    usual = {"rank": 0.25, "every": min(200, max(1, steps // 10))}
+    given = {name: value for name, value in {"rank": rank, "every": every}.items() if value is not None}
+    args: Json = {name: value for name, value in usual.items() if name in takes} | given
+    return build(method, "optimizer", **args), args
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a method trains: the parameters by name, the rule that steps them, its arguments, and what to save."""
+
+    named: Named
+    rule: Rule
+    args: Json
+    kind: str
+
+
+def learning(
+    model: nn.Module,
+    method: str,
+    *,
+    steps: int,
+    select: Select | None = None,
+    rank: int | float | None = None,
+    alpha: float | None = None,
+    every: int | None = None,
+) -> Learning:
+    """Prepare a model for fine-tuning by an adapter, a healing method or an optimizer; all else is frozen.
+
+    Raises ValueError for a compression, and naming an argument that the method does not take.
+    """
+    kind = find(method).kind
+    if kind == "compression":
+        raise ValueError(f"{method} compresses; run `subspan compress MODEL --method {method} ...`, then fine-tune")
+    if kind != "adapter" and select is not None:
+        raise ValueError(f"--select chooses layers for adapters, and {method} is none; leave it out")
+    if kind == "adapter":
+        refuse_stack(model, method)
+        args = full_args(method, rank=rank, alpha=alpha, every=every)
+        edit(model, select, adapt(build(method, "adapter", **args)))
+        return Learning(only(model, {name for name, _ in trainable(model)}), Adam(), args, kind)
+    fold(model)
+    if kind == "healing":
+        return Learning(build(method, rank=rank, alpha=alpha, every=every).choose(model), Adam(), {}, kind)
+    build(method, alpha=alpha)
+    made, args = rule(method, steps=steps, rank=rank, every=every)
+    return Learning(only(model, {name for name, _ in model.named_parameters()}), made, args, kind)
+
+
+def refuse_stack(model: nn.Module, method: str) -> None:
+    """Raise ValueError for a model that carries an adapter: its folder could not name the base of a second one."""
+    if any(isinstance(module, Adapted) for module in model.modules()):
+        raise ValueError(
+            f"the model already carries an adapter, and {method} would be a second; fine-tune its base, or merge it "
+            "first with `subspan compress MODEL --method svd --err 0 -o MERGED`"
+        )
+
+
+def full_args(method: str, **given: Any) -> Json:
+    """Every argument of a preset, as given or by default: a saved adapter must not depend on later defaults."""
+    build(method, **given)
+    defaults = {name: p.default for name, p in inspect.signature(find(method).build).parameters.items()}
+    return defaults | {name: value for name, value in given.items() if value is not None}
+
+
+class Split(NamedTuple):
+    """Token ids to train on, (tokens,), and windows to validate on, (count, length)."""
+
+    train: Tensor
+    validation: Tensor
+
+
+def split(ids: Tensor, window: int) -> Split:
+    """Hold out the last tenth for validation; raises ValueError when it is shorter than one window."""
+    cut = len(ids) - int(HELD_OUT * len(ids))
+    count = min(VALIDATION_WINDOWS, (len(ids) - cut) // window)
+    return Split(ids[:cut], text.windows(ids, window, max(1, count), start=cut))
+
+
+def newborn(
+    content: str, *, vocab: int, hidden: int, layers: int, heads: int, window: int, seed: int = 0
+) -> LoadedModel:
+    """A small untrained LLaMA with a tokenizer learnt from the text, all but the tenth that `split` holds out.
+
+    Raises ValueError for sizes that do not fit together.
+    """
+    if hidden % (2 * heads):
+        raise ValueError(f"hidden {hidden} is no multiple of 2 x {heads} heads; use e.g. {2 * heads * max(1, hidden // (2 * heads))}")
+    words = text.train_tokenizer(content[: int((1 - HELD_OUT) * len(content))], vocab)
+    config = LlamaConfig(
+        vocab_size=words.get_vocab_size(), hidden_size=hidden, intermediate_size=8 * math.ceil(hidden / 3),
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+        max_position_embeddings=window, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = LlamaForCausalLM(config)
+    return LoadedModel(model, wrapped(words), "scratch")
+
+
+def wrapped(words: Tokenizer) -> Any:
+    """A tokenizer as transformers wants it."""
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+def write_history(out: str | Path, history: History, about: Mapping[str, Any]) -> None:
+    """Write `train.json` into a saved folder: what was run, and every loss."""
+    path = Path(out) / "train.json"
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({**about, **asdict(history)}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
