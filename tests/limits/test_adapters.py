@@ -22,7 +22,7 @@ from subspan.adapt import (
 )
 from subspan.linalg import svd
 from subspan.methods import adapters, methods
-from subspan.methods.adapters import dora, lora, pissa, rslora
+from subspan.methods.adapters import dora, lora, milora, pissa, rslora
 
 M, N, RANK = 12, 9, 3
 PRESETS = {
@@ -30,6 +30,7 @@ PRESETS = {
     "rslora": lambda: rslora(rank=RANK, alpha=6.0),
     "dora": lambda: dora(rank=RANK, alpha=6.0),
     "pissa": lambda: pissa(rank=RANK, alpha=6.0),
+    "milora": lambda: milora(rank=RANK, alpha=6.0),
 }
 
 
@@ -238,7 +239,16 @@ def test_pissa_is_lora_of_twice_the_rank_on_the_original():
     assert_close(adapted(x), layer(x) + slot.join.scale * (x @ pair[1].T) @ pair[0].T, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["lora", "rslora", "pissa"])
+def test_milora_leaves_the_base_its_best_approximation():
+    layer = base()
+    s = torch.linalg.svdvals(layer.weight)
+    adapted = put(PRESETS["milora"](), layer)
+    kept = torch.cat([s[:-RANK], torch.zeros(RANK)])
+    assert_close(torch.linalg.svdvals(adapted.base.weight), kept, rtol=0, atol=1e-12)
+    assert_close(torch.linalg.svdvals(layer.weight - adapted.base.weight)[:RANK], s[-RANK:])
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "pissa", "milora"])
 def test_gradients_are_those_of_the_merged_layer_by_finite_differences(name):
     adapted, x = moved(put(PRESETS[name]())), rand(4, N, seed=7)
     op = adapted.slot("default").op

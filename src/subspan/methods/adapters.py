@@ -41,3 +41,10 @@ def pissa(*, rank: int = 16, alpha: float = 16.0) -> Adapter:
     """Train the principal singular triples of the weight, freeze the rest."""
     scale = per_rank(alpha, rank)
     return Adapter(FromWeight(rank, scale=scale), Add(scale), SubtractInit())
+
+
+@method(kind="adapter", paper="arXiv:2406.09044", reference="sufenlp/MiLoRA", status="limits")
+def milora(*, rank: int = 16, alpha: float = 16.0) -> Adapter:
+    """Train the bottom singular triples of the weight; the base keeps the principal ones."""
+    scale = per_rank(alpha, rank)
+    return Adapter(FromWeight(rank, "bottom", scale), Add(scale), SubtractInit())
