@@ -9,7 +9,6 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
-from subspan import linalg
 from subspan.plan import Shapes, break_even, numbers
 
 Spectra = Mapping[str, Tensor]
@@ -115,14 +114,15 @@ class Energy:
         """Ranks by site."""
         target = self.target
 
-        def at(share: float) -> Ranks:
-            return {name: int(linalg.energy_rank(s, share)) for name, s in spectra.items()}
+        tails = {name: lost(s) for name, s in spectra.items()}
+
+        def at(k: float) -> Ranks:
+            return {name: 1 + int(np.count_nonzero(t > k)) for name, t in tails.items()}
 
         if isinstance(target, Err | Ratio):
-            # Shares from 1 to 1e-6 below it matter as much as those from 1 to 0: a geometric ladder of 4000.
-            ladder = 1 - np.geomspace(1e-9, 1, 4000)
-            return bisect(lambda i: at(float(ladder[i])), 4000, target, shapes)
-        return at(float(target))
+            ladder = np.unique(np.concatenate([[-1.0], *tails.values()]))  # -1 keeps even directions of no energy
+            return bisect(lambda i: at(float(ladder[i])), len(ladder), target, shapes)
+        return at((1 - target) * (1 + 1e-12))  # a share that is reached exactly is reached after rounding, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +142,12 @@ class WeLore:
     nlrc: Literal["truncate", "keep"] = "truncate"
     gate: Literal["half", "break_even"] = "half"
 
+    def __post_init__(self) -> None:
+        allowed = {"search": ("exact", "grid"), "nlrc": ("truncate", "keep"), "gate": ("half", "break_even")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(values)}")
+
     def __call__(self, spectra: Spectra, shapes: Shapes) -> Ranks:
         """Ranks by site; raises ValueError for a matrix whose singular values are all equal."""
         levels = {name: normalised(s, name) for name, s in spectra.items()}
@@ -154,7 +160,7 @@ class WeLore:
         if self.search == "grid":
             goal = removed(self.target)
             ladder = np.arange(0, 201) * 0.005
-            return next((r for r in map(at, ladder) if self.target.reached(r, shapes) >= goal), at(1.0))
+            return next((r for r in map(at, ladder) if self.target.reached(r, shapes) >= goal - 1e-12), at(1.0))
         if isinstance(self.target, Err) and self.nlrc == "truncate":
             return at(float(np.quantile(pool, self.target.value))) if self.target.value else at(0.0)
         ladder = np.unique(pool)
@@ -167,6 +173,14 @@ class WeLore:
     def lowrank(self, rank: int, m: int, n: int) -> bool:
         """Whether a matrix cut to this rank counts as a low-rank component (LRC)."""
         return rank < 0.5 * min(m, n) if self.gate == "half" else rank <= break_even(m, n)
+
+
+def lost(s: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """The share of sum s^2 that is lost at rank 1, 2, ... k - 1; zeros for a zero matrix."""
+    energy = np.square(s.detach().cpu().double().numpy())
+    tails = np.cumsum(energy[::-1])[::-1]
+    result: np.ndarray[tuple[int], np.dtype[np.float64]] = tails[1:] / (tails[0] or 1.0)
+    return result
 
 
 def normalised(s: Tensor, where: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from subspan import linalg
 from subspan.budget import Budget
-from subspan.edit import Edit, edit, shapes, sites
+from subspan.edit import Edit, edit, linears, shapes, sites
 from subspan.fit import Decomposition, decompose
 from subspan.metric import Batches, Forward, Measure, Plain, call, collect
 from subspan.ops import Dense, LinOp, OpLinear
@@ -47,23 +47,29 @@ class Study:
         """Ranks for a budget, with what they cost and the errors they make."""
         shape = {name: (p.left.shape[0], p.right.shape[1]) for name, p in self.parts.items()}
         ranks = budget(self.spectra, shape)
+        if absent := [name for name in shape if name not in ranks]:
+            raise ValueError(f"{budget!r} gives no rank to {', '.join(absent[:3])}; a budget must size every site")
         rows: dict[str, SitePlan] = {
-            name: site_plan(shape[name], ranks[name], part.error, bits=self.bits[name])
+            name: site_plan(shape[name], ranks[name], part.error, bits=self.bits[name], where=name)
             for name, part in self.parts.items()
         }
         return Plan(method, dict(args or {}), rows, self.other_bytes)
 
     def apply(self, model: nn.Module, plan: Plan) -> Edit:
         """Put the planned ops in place of the linear layers; `undo()` of the result puts the layers back."""
-        found = sites(model, lambda name: name in plan.sites)
-        plan.check(shapes(found))
+        if not plan.sites:
+            raise ValueError("the plan has no sites; make one with `subspan plan`")
+        plan.check(shapes(linears(model)))
+        sites(model, lambda name: name in plan.sites)
+        if unknown := [name for name in plan.sites if name not in self.parts]:
+            raise ValueError(f"the plan names {', '.join(unknown[:3])}, which this study left out; study them too")
         changed = [name for name, site in plan.sites.items() if site.form != "keep"]
 
         def make(name: str, layer: nn.Module) -> nn.Module:
             site, part = plan.sites[name], self.parts[name]
             weight, bias = layer.get_parameter("weight"), dict(layer.named_parameters()).get("bias")
-            op: LinOp = part.cut(site.rank, name).to(weight.dtype)
-            return OpLinear(op if site.form == "lowrank" else Dense(op.dense().detach()), bias)
+            op: LinOp = part.cut(site.rank, name)
+            return OpLinear((op if site.form == "lowrank" else Dense(op.dense().detach())).to(weight.dtype), bias)
 
         return edit(model, changed, make)
 
@@ -89,7 +95,12 @@ def study(
     for name, layer in found.items():
         linalg.require_finite(layer.weight, f"the weight of {name}")
     means: Mapping[str, Tensor] = {}
-    if measure.needs_data and batches is not None:
+    if measure.needs_data:
+        if batches is None:
+            raise ValueError(
+                f"{measure!r} reads the metric of {next(iter(found))} and {len(found) - 1} more sites off data: "
+                "pass calibration batches (command line: --calibrate)"
+            )
         means = collect(model, batches, measure, found, forward=forward)
     parts: dict[str, Decomposition] = {}
     own: dict[str, Tensor] = dict(spectra or {})

@@ -16,7 +16,7 @@ Make = Callable[[str, nn.Module], nn.Module]
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every `nn.Linear` by name; raises ValueError when the model has none."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
     if not found:
         kinds = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(False), None) is not None})
         raise ValueError(f"{type(model).__name__} has no nn.Linear; its layers are: {', '.join(kinds) or 'none'}")
@@ -26,7 +26,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 def sharers(model: nn.Module) -> dict[int, list[str]]:
     """id of a parameter -> the names of all modules that hold it, for parameters held more than once."""
     holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), []).append(name)
     return {key: names for key, names in holders.items() if len(names) > 1}
@@ -42,8 +42,12 @@ def sites(
     layer raises ValueError, unless `tied="share"`, and so does one that matches nothing.
     """
     found, shared = linears(model), sharers(model)
+    if "" in found:
+        raise ValueError(
+            "the model is itself an nn.Linear, with no parent to swap it in; wrap it in nn.Sequential"
+        )
     if select is None:
-        alone = {name: m for name, m in found.items() if id(m.weight) not in shared}
+        alone = {name: m for name, m in found.items() if tied == "share" or id(m.weight) not in shared}
         blocks = {name: m for name, m in alone.items() if any(part.isdigit() for part in name.split("."))}
         if not alone:
             raise ValueError("every nn.Linear of this model shares its weight; untie one or pass tied='share'")
@@ -74,7 +78,7 @@ class Edit:
     def undo(self) -> None:
         """Put the very same objects back; raises RuntimeError when somebody else changed a site since."""
         for name, (_, new) in self.swaps.items():
-            if self.model.get_submodule(name) is not new:
+            if _submodule(self.model, name) is not new:
                 raise RuntimeError(f"{name} was changed again after this edit; undo the later edit first")
         for name, (old, _) in self.swaps.items():
             replace(self.model, name, old)
@@ -88,6 +92,13 @@ class Edit:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.swaps)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -114,7 +125,13 @@ def edit(
     Identity()
     """
     if isinstance(select, Sequence) and not isinstance(select, str):
-        chosen: dict[str, nn.Module] = {name: model.get_submodule(name) for name in select}
+        chosen: dict[str, nn.Module] = {}
+        for name in select:
+            module = _submodule(model, name)
+            if module is None or module is model:
+                have = ", ".join(n for n, _ in model.named_modules() if n)
+                raise ValueError(f"the model has no module {name!r} to swap; there are: {have[:200]}")
+            chosen[name] = module
     else:
         chosen = dict(sites(model, select, tied=tied))
     done = Edit(model, {})

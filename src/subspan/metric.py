@@ -35,14 +35,23 @@ class Metric:
         return w if self.left is None else _times(self.left.mT if self.left.ndim > 1 else self.left, w)
 
     def solve_left(self, u: Tensor) -> Tensor:
-        """inverse(left) @ u."""
+        """inverse(left) @ u; raises ValueError for a singular left."""
         if self.left is None:
             return u
         factor = self.left if self.left.ndim == 1 else self.left.mT
-        return linalg.solve_right(u.mT, factor).mT
+        try:
+            solution = linalg.solve_right(u.mT, factor).mT
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            solution = torch.full_like(u, torch.nan)
+        if not bool(torch.isfinite(solution).all()):
+            raise ValueError(
+                f"the left metric of shape {tuple(self.left.shape)} is singular; add a small ridge to it"
+            )
+        return solution
 
     def error(self, w: Tensor, approximation: Tensor) -> float:
         """The relative error |left (w - approximation) right|_F / |left w right|_F; 0 for a zero weight."""
+        w, approximation = linalg.wide(w), linalg.wide(approximation)
         total = self.apply(w).double().norm()
         return float(self.apply(w - approximation).double().norm() / total) if total else 0.0
 
@@ -116,6 +125,12 @@ class Gram:
     ridge: float = 0.0
     needs_data = True
 
+    def __post_init__(self) -> None:
+        if not self.ridge >= 0:
+            raise ValueError(
+                f"ridge {self.ridge} is negative; it is a share of the mean of the diagonal, e.g. 1e-3"
+            )
+
     def fold(self, x: Tensor) -> Tensor:
         """Sum of x x^T, (n, n)."""
         return x.mT @ x
@@ -153,8 +168,8 @@ def collect(
     ValueError for a site that no batch reaches, or whose inputs hold NaN or Inf.
     """
     tally = _Tally(measure)
-    hooks = [m.register_forward_pre_hook(tally.hook(name)) for name, m in sites.items()]
-    training = model.training
+    hooks = [m.register_forward_pre_hook(tally.hook(name), with_kwargs=True) for name, m in sites.items()]
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
@@ -163,7 +178,8 @@ def collect(
                 forward(model, batch)
     finally:
         tally.seen.clear()
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         for hook in hooks:
             hook.remove()
     return {name: tally.mean(name) for name in sites}
@@ -177,20 +193,29 @@ class _Tally:
         self.sums: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
         self.leader: dict[str, str] = {}
-        self.seen: list[tuple[Tensor, str]] = []
+        self.calls: dict[str, int] = {}
+        self.seen: list[tuple[Tensor, int, str, int]] = []
         self.means: dict[str, Tensor] = {}
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x: Tensor = args[0]
-            first = next((other for tensor, other in self.seen if tensor is x), name)
-            if self.leader.setdefault(name, first) != first:
-                raise ValueError(f"{name} shares its input with {first} in this batch only; collect it on its own")
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else kwargs["input"]
+            call = self.calls[name] = self.calls.get(name, 0) + 1
+            # The version tells a tensor from itself after a change in place.
+            same = (seen for seen in self.seen if seen[0] is x and seen[1] == x._version)
+            first, its_call = next(((s[2], s[3]) for s in same), (name, call))
+            if self.leader.setdefault(name, first) != first or (first != name and its_call != call):
+                raise self.refusal(name)
             if first == name:
-                self.seen = [*self.seen[-1:], (x, name)]
-                self.add(name, linalg.wide(x.detach()).flatten(0, -2))
+                self.seen = [*self.seen[-1:], (x, x._version, name, call)]
+                self.add(name, linalg.wide(x.detach()).reshape(-1, x.shape[-1]))
 
         return see
+
+    def refusal(self, name: str) -> ValueError:
+        return ValueError(
+            f"{name} shares its input with {self.leader[name]} only sometimes; collect it on its own"
+        )
 
     def add(self, name: str, x: Tensor) -> None:
         total = self.measure.fold(x)
@@ -204,6 +229,8 @@ class _Tally:
         if name not in self.leader:
             raise ValueError(f"no calibration batch reached {name}; use more data or leave the site out")
         first = self.leader[name]
+        if self.calls[name] != self.calls[first]:
+            raise self.refusal(name)
         if first not in self.means:
             self.means[first] = self.sums[first] / self.count[first]
             linalg.require_finite(self.means[first], f"the input statistic of {first}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rich.table import Table
 
@@ -96,6 +96,7 @@ class Plan:
                     f"{name}: the plan says shape {site.shape}, the model has {tuple(shapes[name])}; "
                     "the plan was made for another model: plan again"
                 )
+            _whole(site.rank, name)
             linalg.check_rank(site.rank, *site.shape, name)
 
     def table(self, limit: int | None = None) -> Table:
@@ -117,7 +118,11 @@ class Plan:
         """Plain values, the shape of the json file."""
         before, after = self.bytes
         totals = {"err": self.err, "ratio": self.ratio, "bytes_before": before, "bytes_after": after}
-        return {**asdict(self), "totals": totals}
+        sites = {name: asdict(site) for name, site in self.sites.items()}
+        return {
+            "method": self.method, "args": dict(self.args), "sites": sites,
+            "other_bytes": self.other_bytes, "format": self.format, "totals": totals,
+        }  # fmt: skip
 
     def to_json(self, path: str | Path) -> None:
         """Write the plan beside its final name, then rename."""
@@ -129,30 +134,42 @@ class Plan:
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "plan") -> Plan:
         """Rebuild a plan; raises ValueError naming a missing field or a newer format."""
-        if data.get("format", 0) > FORMAT:
-            raise ValueError(f"{where}: format {data['format']} is newer than {FORMAT}; upgrade subspan")
         try:
-            sites = {name: SitePlan(**{**s, "shape": tuple(s["shape"])}) for name, s in data["sites"].items()}
-            return Plan(data["method"], data["args"], sites, data["other_bytes"])
+            if data.get("format", 0) > FORMAT:
+                raise ValueError(f"{where}: format {data['format']} is newer than {FORMAT}; upgrade subspan")
+            sites = {name: _row(row, f"{where}: {name}") for name, row in data["sites"].items()}
+            plan = Plan(data["method"], data["args"], sites, data["other_bytes"])
         except (KeyError, TypeError, AttributeError) as problem:
-            raise ValueError(f"{where} is not a subspan plan: {problem}; make one with `subspan plan`") from None
+            raise ValueError(
+                f"{where} is not a subspan plan (format, sites, method, args, other_bytes): {problem}; "
+                "make one with `subspan plan`"
+            ) from None
+        if not sites:
+            raise ValueError(f"{where} plans no sites; make one with `subspan plan`")
+        return plan
 
     @staticmethod
     def from_json(path: str | Path) -> Plan:
         """Read a plan file; raises ValueError when it is not json or not a plan."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as problem:
+        except ValueError as problem:
             raise ValueError(f"{path} is not json: {problem}") from None
         return Plan.from_dict(data, str(path))
 
 
 def site_plan(
-    shape: tuple[int, int], rank: int, error: Callable[[int], float], *, bits: int, reason: str = ""
+    shape: tuple[int, int],
+    rank: int,
+    error: Callable[[int], float],
+    *,
+    bits: int,
+    reason: str = "",
+    where: str = "matrix",
 ) -> SitePlan:
     """The row for a rank: two factors below break-even, dense above it, untouched at full rank."""
     m, n = shape
-    linalg.check_rank(rank, m, n)
+    linalg.check_rank(rank, m, n, where)
     form: Form = "keep" if rank == min(m, n) else "lowrank" if rank <= break_even(m, n) else "dense"
     why = {
         "keep": "full rank",
@@ -164,3 +181,25 @@ def site_plan(
         shape, rank, form, bits, m * n * bits // 8, cost * bits // 8,
         0.0 if form == "keep" else error(rank), reason or why[form],
     )  # fmt: skip
+
+
+def _whole(rank: object, where: str) -> None:
+    if type(rank) is not int:
+        raise ValueError(f"{where}: rank {rank!r} is not a whole number; write one without quotes or point")
+
+
+def _row(row: Mapping[str, Any], where: str) -> SitePlan:
+    """A row as read from a file, its bytes reckoned anew: people edit rank and form, not the sums."""
+    try:
+        site = SitePlan(**{**row, "shape": tuple(row["shape"])})
+    except (KeyError, TypeError) as problem:
+        raise ValueError(
+            f"{where} is not a row of a subspan plan: {problem}; make one with `subspan plan`"
+        ) from None
+    _whole(site.rank, where)
+    if site.form not in get_args(Form):
+        raise ValueError(f"{where}: form {site.form!r} is unknown; choose one of {', '.join(get_args(Form))}")
+    m, n = site.shape
+    after = site.rank * (m + n) if site.form == "lowrank" else m * n
+    rank = min(m, n) if site.form == "keep" else site.rank
+    return replace(site, rank=rank, bytes_before=m * n * site.bits // 8, bytes_after=after * site.bits // 8)

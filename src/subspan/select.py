@@ -21,9 +21,9 @@ def matcher(select: Select) -> Callable[[str], bool]:
     if callable(select):
         return select
     parts = [part.strip() for part in select.split("|") if part.strip()]
-    if not parts:
+    if not parts or "!" in parts:
         raise ValueError("an empty pattern selects nothing; use '*' for everything")
-    refused = [part[1:] for part in parts if part.startswith("!")]
+    refused = [part[1:].strip() for part in parts if part.startswith("!")]
     wanted = [part for part in parts if not part.startswith("!")] or ["*"]
 
     def test(name: str) -> bool:

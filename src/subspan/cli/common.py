@@ -39,18 +39,34 @@ HELP_JSON = "Print the result as json on stdout, and nothing else there."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=HELP_MODEL, show_default=False)]
 Select = Annotated[str | None, typer.Option("--select", metavar="PATTERN", help=HELP_SELECT)]
 Calibrate = Annotated[
-    list[str] | None, typer.Option("--calibrate", metavar="FILE", help=f"Text for methods that need data. {HELP_FILES}")
+    list[str] | None,
+    typer.Option("--calibrate", metavar="FILE", help=f"Text for methods that need data. {HELP_FILES}"),
 ]
 Ratio = Annotated[float | None, typer.Option("--ratio", help="Keep this share of the numbers, in (0, 1].")]
 Err = Annotated[float | None, typer.Option("--err", help="Remove this share of all ranks, in 0 to 1.")]
 Energy = Annotated[float | None, typer.Option("--energy", help="Keep this share of every layer's sum of s^2.")]
 Metric = Annotated[
-    str | None, typer.Option("--metric", help="What is close: plain, absmean or gram; by default the method's own.")
+    str | None,
+    typer.Option("--metric", help="What is close: plain, absmean or gram; by default the method's own."),
 ]
 Tokens = Annotated[int, typer.Option("--tokens", min=1, help="Calibration tokens, at most.")]
 Window = Annotated[
-    int | None, typer.Option("--window", min=2, help="Tokens at a time; by default 512 or what the model can take.")
+    int | None, typer.Option("--window", min=2, help="Tokens in a window; by default what suits the model.")
 ]
+Data = Annotated[list[str], typer.Option("--data", metavar="FILE", help=f"What to learn from. {HELP_FILES}")]
+Rank = Annotated[
+    str | None,
+    typer.Option("--rank", metavar="N", help="A count such as 64, or for optimizers a share such as 0.25."),
+]
+Every = Annotated[
+    int | None, typer.Option("--every", min=1, help="Steps between refreshes of an optimizer's subspace.")
+]
+Rate = Annotated[
+    float | None, typer.Option("--lr", help="The learning rate; by default one that suits the method.")
+]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Training steps.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Windows in a step.")]
+Length = Annotated[int, typer.Option("--window", min=2, help="Tokens in a window.")]
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="The folder to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")]
 Json = Annotated[bool, typer.Option("--json", help=HELP_JSON)]
@@ -168,6 +184,18 @@ def note_unused(method: str, files: Sequence[str] | None, *, needed: bool) -> No
     """Say so when calibration text was named in vain."""
     if files and not needed:
         note(f"{method} reads no data; --calibrate is not used")
+
+
+def outcome(title: str, found: Mapping[str, Any]) -> Table:
+    """What `jobs.summary` says, for people."""
+    loss = f"{found['validation_before']:.4f} -> {found['validation_after']:.4f} nats per token"
+    rows = {
+        "validation": f"{loss}, perplexity {found['perplexity']:.2f}",
+        "trained numbers": f"{found['parameters']:,}",
+        "optimizer state": mebibytes(found["state_bytes"]),
+        "speed": f"{found['tokens_per_second']:,.0f} tokens per second",
+    }
+    return facts(title, rows)
 
 
 def mebibytes(count: int) -> str:

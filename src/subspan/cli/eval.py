@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from subspan.cli.common import HELP_FILES, Debug, Device, DType, Json, Model, Precision, Result, Seed, Window, facts
+from subspan.cli.common import (
+    HELP_FILES,
+    Debug,
+    Device,
+    DType,
+    Json,
+    Model,
+    Precision,
+    Result,
+    Seed,
+    Window,
+    facts,
+)
 from subspan.hosts import jobs
 
 EXAMPLE = "subspan eval smollm2 --text @prose --windows 4 --speed"
@@ -16,7 +29,9 @@ def run(
     model: Model,
     text: Annotated[list[str], typer.Option("--text", metavar="FILE", help=f"What to score. {HELP_FILES}")],
     window: Window = None,
-    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Only this many, from the start.")] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=1, help="Only this many, from the start.")
+    ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Also time greedy decoding.")] = False,
     as_json: Json = False,
     seed: Seed = 0,
@@ -38,4 +53,4 @@ def run(
     }
     if score.decode_tokens_per_second is not None:
         rows["decoding"] = f"{score.decode_tokens_per_second:.1f} tokens per second"
-    return Result({"model": model, "text": text, **score.to_dict()}, (facts(model, rows),))
+    return Result({"model": model, "text": text, **asdict(score)}, (facts(model, rows),))

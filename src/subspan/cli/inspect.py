@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from subspan import io
-from subspan.cli.common import LIMIT, Debug, Device, DType, Force, Json, Model, Precision, Result, Seed, Select, bar
+from subspan.cli.common import (
+    LIMIT,
+    Debug,
+    Device,
+    DType,
+    Force,
+    Json,
+    Model,
+    Precision,
+    Result,
+    Seed,
+    Select,
+    bar,
+)
 from subspan.hosts import jobs
 from subspan.inspect import Report, Survey, rank_heatmap, spectra_figure, survey
 
@@ -51,7 +64,16 @@ def report(found: Survey, model: str, seed: int) -> Report:
     page.figure("Rank kept in every matrix.", rank_heatmap(ranks, {n: row.shape for n, row in found.rows.items()}))
     page.section("By layer")
     rows = [
-        (name, "{} x {}".format(*r.shape), r.stable_rank, r.effective_rank, r.tail_index, r.energy_rank, r.rank, r.kind)
+        (
+            name,
+            "{} x {}".format(*r.shape),
+            r.stable_rank,
+            r.effective_rank,
+            r.tail_index,
+            r.energy_rank,
+            r.rank,
+            r.kind,
+        )
         for name, r in found.rows.items()
     ]
     page.table("Every matrix.", COLUMNS, rows)

@@ -36,5 +36,7 @@ def table(found: list[Method]) -> Table:
     """One line per method."""
     made = Table("name", "kind", "status", "paper", "made of", title=f"{len(found)} methods", title_justify="left")
     for m in found:
-        made.add_row(m.name, m.kind, m.status, m.paper, f"{m.summary}\n[dim]{m.value.replace('[', chr(92) + '[')}[/dim]")
+        made.add_row(
+            m.name, m.kind, m.status, m.paper, f"{m.summary}\n[dim]{m.value.replace('[', chr(92) + '[')}[/dim]"
+        )
     return made

@@ -70,9 +70,7 @@ def run(
         jobs.vacant(out, force=force, reads=[model])
     loaded = jobs.opened(model, dtype=dtype, device=device, merged=True)
     batches = jobs.calibration(loaded, made, calibrate, limit=tokens, window=window)
-    plan, _ = jobs.make_plan(
-        loaded.model, method, args, select=select, batches=batches, track=bar("decomposing")
-    )
+    plan, _ = jobs.make_plan(loaded.model, method, args, select=select, batches=batches, track=bar("decomposing"))
     if out is not None:
         note(f"wrote {jobs.write_plan(plan, out)}")
     return Result(plan.to_dict(), (plan.table(LIMIT),))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -61,6 +61,10 @@ class Svd:
 
     rank: int
     solver: Solver = "exact"
+
+    def __post_init__(self) -> None:
+        if self.solver not in get_args(Solver):
+            raise ValueError(f"solver {self.solver!r} is unknown; choose one of {', '.join(get_args(Solver))}")
 
     def __call__(self, w: Tensor, metric: Metric = Metric()) -> LowRank:
         """The optimum of |L (w - op) R|_F; raises ValueError for a rank outside 1..min(m, n)."""

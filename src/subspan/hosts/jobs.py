@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -22,11 +21,13 @@ from subspan.compress import Compression, Study, Track, study
 from subspan.edit import Edit, edit, linears, shapes
 from subspan.heal import Named, only
 from subspan.hosts import folders, text
-from subspan.hosts.training import History
+from subspan.hosts.meter import Meter
+from subspan.hosts.score import decode_speed, nll
+from subspan.hosts.training import History, draw, train
 from subspan.hosts.transformers import LoadedModel
 from subspan.methods import build, find
 from subspan.metric import MEASURES
-from subspan.optim import Adam, Rule
+from subspan.optim import Adam, Optim, Rule
 from subspan.plan import Plan
 from subspan.select import Select
 
@@ -52,7 +53,9 @@ def vacant(out: str | Path, *, force: bool, reads: Iterable[str | Path] = ()) ->
     out = Path(out).resolve()
     taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if taken and not force:
-        raise FileExistsError(f"{out} exists and is not empty; choose another output or pass --force to replace it")
+        raise FileExistsError(
+            f"{out} exists and is not empty; choose another output or pass --force to replace it"
+        )
     kept = [Path.cwd(), Path.home(), *(Path(path).resolve() for path in reads if Path(path).exists())]
     for path in kept if taken else ():
         if path.is_relative_to(out):
@@ -69,7 +72,9 @@ def place(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:  # torch asserts that it was compiled with CUDA
         reason = str(problem).partition("\n")[0]
-        raise ValueError(f"device {name!r} cannot be used ({reason}); use 'cpu', or one this torch knows") from None
+        raise ValueError(
+            f"device {name!r} cannot be used ({reason}); use 'cpu', or one this torch knows"
+        ) from None
     return device
 
 
@@ -138,13 +143,13 @@ def require_data(method: str, made: Compression, files: Sequence[str] | None) ->
         )
 
 
-def window_for(model: nn.Module, asked: int | None) -> int:
-    """A window the model can take: what was asked for, or 512 or the model's own limit; ValueError beyond it."""
+def window_for(model: nn.Module, asked: int | None, *, usual: int = 512) -> int:
+    """A window the model can take: what was asked for, or the usual, or the model's limit; ValueError beyond it."""
     config: Any = model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or asked or 512
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or asked or usual
     if asked is not None and asked > limit:
         raise ValueError(f"--window {asked} is longer than the model's {limit} positions; use at most {limit}")
-    return asked or min(512, limit)
+    return asked or min(usual, limit)
 
 
 def tokens(tokenizer: Any, content: str, limit: int | None = None) -> Tensor:
@@ -197,9 +202,7 @@ def make_plan(
     return taken.plan(made.budget, method=method, args=args), taken
 
 
-def follow_plan(
-    model: nn.Module, plan: Plan, *, batches: Tensor | None = None, track: Track[str] = iter
-) -> Edit:
+def follow_plan(model: nn.Module, plan: Plan, *, batches: Tensor | None = None, track: Track[str] = iter) -> Edit:
     """Do what a plan says; raises ValueError when it was made for another model."""
     plan.check(shapes(linears(model)))
     changed = [name for name, site in plan.sites.items() if site.form != "keep"]
@@ -214,7 +217,9 @@ def follow_plan(
 def read_plan(path: str | Path) -> Plan:
     """A plan file; raises FileNotFoundError saying how to make one, and what `Plan.from_json` raises."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such plan; make one with `subspan plan MODEL --method svd --err 0.5 -o {path}`")
+        raise FileNotFoundError(
+            f"{path}: no such plan; make one with `subspan plan MODEL --method svd --err 0.5 -o {path}`"
+        )
     return Plan.from_json(path)
 
 
@@ -228,14 +233,16 @@ def write_plan(plan: Plan, path: str | Path) -> Path:
         plan.to_json(path)
     except OSError as problem:
         path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
-        raise OSError(problem.errno, f"cannot write {path} ({problem.strerror}); free space or choose another place") from None
+        raise OSError(
+            problem.errno, f"cannot write {path} ({problem.strerror}); free space or choose another place"
+        ) from None
     return path
 
 
-def rank(value: str) -> int | float:
+def parse_rank(value: str) -> int | float:
     """A rank as given on the command line: a count, or a share of the full rank.
 
-    >>> rank("64"), rank("0.25")
+    >>> parse_rank("64"), parse_rank("0.25")
     (64, 0.25)
     """
     try:
@@ -253,7 +260,9 @@ def default_lr(method: str, *, scratch: bool) -> float:
     return (SCRATCH_LR if scratch else FINETUNE_LR).get(method, 1e-3 if scratch else 1e-4)
 
 
-def rule(method: str, *, steps: int, rank: int | float | None = None, every: int | None = None) -> tuple[Rule, Json]:
+def rule(
+    method: str, *, steps: int, rank: int | float | None = None, every: int | None = None
+) -> tuple[Rule, Json]:
     """A registered optimizer and the arguments it was built with.
 
     A quarter of the full rank unless told, and ten refreshes or those every 200 steps, whichever are more.
@@ -291,9 +300,13 @@ def learning(
     """
     kind = find(method).kind
     if kind == "compression":
-        raise ValueError(f"{method} compresses; run `subspan compress MODEL --method {method} ...`, then fine-tune")
+        raise ValueError(
+            f"{method} compresses; run `subspan compress MODEL --method {method} ...`, then fine-tune"
+        )
     if kind != "adapter" and select is not None:
         raise ValueError(f"--select chooses layers for adapters, and {method} is none; leave it out")
+    if kind == "adapter" and isinstance(rank, float):
+        raise ValueError(f"rank {rank} is a share, and {method} takes a count, such as 8")
     if kind == "adapter":
         refuse_stack(model, method)
         args = full_args(method, rank=rank, alpha=alpha, every=every)
@@ -323,6 +336,25 @@ def full_args(method: str, **given: Any) -> Json:
     return defaults | {name: value for name, value in given.items() if value is not None}
 
 
+def fit(
+    model: nn.Module,
+    learns: Learning,
+    data: Split,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int = 0,
+    label: str = "training",
+) -> History:
+    """Train what `learns` names on random windows, as long as those of validation; raises what `train` raises."""
+    optimizer = Optim(learns.named, learns.rule, lr=lr, seed=seed)
+    drawn = draw(data.train, length=data.validation.shape[1], batch=batch, steps=steps, seed=seed)
+    device = device_of(model)
+    batches = (ids.to(device) for ids in drawn)
+    return train(model, batches, optimizer, steps=steps, validation=data.validation, label=label, progress=True)
+
+
 class Split(NamedTuple):
     """Token ids to train on, (tokens,), and windows to validate on, (count, length)."""
 
@@ -338,14 +370,25 @@ def split(ids: Tensor, window: int) -> Split:
 
 
 def newborn(
-    content: str, *, vocab: int, hidden: int, layers: int, heads: int, window: int, seed: int = 0
+    content: str,
+    *,
+    vocab: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    window: int,
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
 ) -> LoadedModel:
     """A small untrained LLaMA with a tokenizer learnt from the text, all but the tenth that `split` holds out.
 
     Raises ValueError for sizes that do not fit together.
     """
     if hidden % (2 * heads):
-        raise ValueError(f"hidden {hidden} is no multiple of 2 x {heads} heads; use e.g. {2 * heads * max(1, hidden // (2 * heads))}")
+        raise ValueError(
+            f"hidden {hidden} is no multiple of 2 x {heads} heads; use e.g. {2 * heads * max(1, hidden // (2 * heads))}"
+        )
     words = text.train_tokenizer(content[: int((1 - HELD_OUT) * len(content))], vocab)
     config = LlamaConfig(
         vocab_size=words.get_vocab_size(), hidden_size=hidden, intermediate_size=8 * math.ceil(hidden / 3),
@@ -355,12 +398,8 @@ def newborn(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = LlamaForCausalLM(config)
-    return LoadedModel(model, wrapped(words), "scratch")
-
-
-def wrapped(words: Tokenizer) -> Any:
-    """A tokenizer as transformers wants it."""
-    return PreTrainedTokenizerFast(tokenizer_object=words)
+    wrapped: Any = PreTrainedTokenizerFast(tokenizer_object=words)
+    return LoadedModel(model.to(place(device), getattr(torch, dtype)), wrapped, "scratch")
 
 
 def write_history(out: str | Path, history: History, about: Mapping[str, Any]) -> None:
@@ -369,3 +408,48 @@ def write_history(out: str | Path, history: History, about: Mapping[str, Any]) -
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps({**about, **asdict(history)}, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def summary(history: History, learns: Learning) -> Json:
+    """What a run came to, as plain values."""
+    return {
+        "parameters": sum(p.numel() for _, p in learns.named),
+        "state_bytes": history.state_bytes,
+        "tokens_per_second": history.tokens_per_second,
+        "train_loss": history.train[-1][1],
+        "validation_before": history.validation[0][1],
+        "validation_after": history.final,
+        "perplexity": math.exp(history.final),
+    }
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model did on a text: perplexity, mean negative log-likelihood in nats, and what it took."""
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    window: int
+    seconds: float
+    decode_tokens_per_second: float | None
+
+
+def evaluate(
+    loaded: LoadedModel,
+    files: Sequence[str],
+    *,
+    window: int | None = None,
+    count: int | None = None,
+    speed: bool = False,
+) -> Score:
+    """Score texts window by window; raises what `text.read`, `text.windows` and `score.nll` raise."""
+    length = window_for(loaded.model, window)
+    ids = tokens(loaded.tokenizer, text.read(files), None if count is None else count * length)
+    cut = text.windows(ids, length, count)
+    with Meter() as meter:
+        mean = nll(loaded.model, cut, progress=True).mean()
+    prompt = cut[0, : max(1, min(32, length - 17))]
+    rate = decode_speed(loaded.model, prompt) if speed else None
+    return Score(mean.exp().item(), mean.item(), len(cut) * (length - 1), len(cut), length, meter.seconds, rate)

@@ -1,0 +1,80 @@
+"""`subspan finetune`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from subspan.cli.common import (
+    Batch,
+    Data,
+    Debug,
+    Device,
+    DType,
+    Every,
+    Force,
+    Json,
+    Model,
+    Out,
+    Precision,
+    Rank,
+    Rate,
+    Result,
+    Seed,
+    Select,
+    Steps,
+    Window,
+    outcome,
+)
+from subspan.hosts import folders, jobs, text
+from subspan.methods import find
+
+EXAMPLE = "subspan finetune smollm2 --method lora --data @code --steps 20 -o runs/lora"
+
+
+def run(
+    model: Model,
+    out: Out,
+    data: Data,
+    method: Annotated[str, typer.Option("--method", help="An adapter, healing method or optimizer of the list.")],
+    select: Select = None,
+    rank: Rank = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="An adapter's scale is alpha / rank.")] = None,
+    every: Every = None,
+    lr: Rate = None,
+    steps: Steps = 100,
+    batch: Batch = 4,
+    window: Window = None,
+    force: Force = False,
+    as_json: Json = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Precision = DType.float32,
+    debug: Debug = False,
+) -> Result:
+    """Train an adapter, the low-rank parts, or all weights of a model on your text.
+
+    An adapter is saved alone and names its base; the other kinds save the whole model.
+    """
+    find(method)
+    jobs.vacant(out, force=force, reads=[model, *data])
+    count = None if rank is None else jobs.parse_rank(rank)
+    loaded = jobs.opened(model, dtype=dtype, device=device)
+    length = jobs.window_for(loaded.model, window, usual=128)
+    found = jobs.split(jobs.tokens(loaded.tokenizer, text.read(data)), length)
+    learns = jobs.learning(loaded.model, method, steps=steps, select=select, rank=count, alpha=alpha, every=every)
+    rate = jobs.default_lr(method, scratch=False) if lr is None else lr
+    history = jobs.fit(loaded.model, learns, found, steps=steps, batch=batch, lr=rate, seed=seed, label=method)
+    about = {"method": method, "args": learns.args, "lr": rate, "seed": seed, "data": data}
+    if learns.kind == "adapter":
+        folders.save_adapter(
+            out, loaded.model, method=method, args=learns.args, source=loaded.source, about=about, force=force
+        )
+    else:
+        folders.save_model(out, loaded, about, force=force)
+    jobs.write_history(out, history, about)
+    result = jobs.summary(history, learns)
+    return Result(
+        {"out": str(out), **about, **result}, (outcome(f"{method}, {steps} steps", result), f"wrote {out}")
+    )
