@@ -12,10 +12,10 @@ demo-quick: $(STAMP)
 	$(BIN)/subspan demo --quick -o runs/demo-quick --force
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not full"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not full"
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests tools bench

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,6 +41,10 @@ ROWS: dict[str, Callable[[], LinOp]] = {
     ),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+# The key under which a description names its op.
+OP = next(key for key, value in io.spec(Diag(torch.ones(1))).items() if value == "Diag")
 
 
 def kinds(kind: type = LinOp) -> Iterator[type]:
@@ -89,14 +92,14 @@ def test_an_op_of_mixed_precision_keeps_each():
 
 def test_a_description_holds_no_numbers_of_the_tensors():
     text = json.dumps(io.spec(Dense(torch.full((2, 3), 0.123456))))
-    assert json.loads(text) == {"op": "Dense", "w": {"tensor": [2, 3], "dtype": "float32"}}
+    assert json.loads(text) == {OP: "Dense", "w": {"tensor": [2, 3], "dtype": "float32"}}
 
 
 def test_an_unknown_op_is_refused_with_what_is_known():
     with pytest.raises(ValueError, match=r"unknown op 'Butterfly'; this version knows Dense, Diag, .*upgrade"):
-        io.build({"op": "Butterfly"})
+        io.build({OP: "Butterfly"})
     with pytest.raises(ValueError, match="unknown op 'Butterfly'"):
-        io.build({"op": "Scaled", "scale": 2.0, "op_": 1} | {"op": "Sum", "ops": [{"op": "Butterfly"}]})
+        io.build({OP: "Sum", "ops": [{OP: "Butterfly"}]})
 
 
 # ---- whole models
@@ -182,7 +185,7 @@ def test_saved_precision_wins_over_that_of_the_model(saved):
 def test_the_json_names_sites_format_version_and_what_was_added(saved):
     about = io.read_about(saved)
     assert (about["format"], about["library"], about["kind"]) == (io.FORMAT, io.library_version(), "model")
-    assert {name: (site["op"]["op"], site["bias"]) for name, site in about["sites"].items()} == {
+    assert {name: (site["op"][OP], site["bias"]) for name, site in about["sites"].items()} == {
         "0": ("Sum", True),
         "2": ("LowRank", False),
     }
@@ -222,7 +225,7 @@ def test_a_tensor_and_its_transpose_in_one_storage_are_not_taken_for_tied(tmp_pa
 
 def test_an_unknown_op_or_a_newer_format_leaves_the_model_alone(saved):
     sites = io.read_about(saved)["sites"]
-    rewrite(saved, sites={**sites, "2": {"kind": "compressed", "op": {"op": "Butterfly"}, "bias": False}})
+    rewrite(saved, sites={**sites, "2": {"kind": "compressed", "op": {OP: "Butterfly"}, "bias": False}})
     refused(saved, net(seed=1), "unknown op 'Butterfly'")
     rewrite(saved, sites=sites, format=io.FORMAT + 1, library="9.9")
     refused(saved, net(seed=1), rf"format {io.FORMAT + 1}, written by subspan 9\.9; this is .*upgrade")
@@ -270,7 +273,7 @@ def test_a_tensor_of_integers_for_a_trained_weight_is_refused_before_anything_ch
 
 
 def test_a_model_that_lacks_a_site_is_refused(saved):
-    refused(saved, net(seed=1)[:2], "does not fit this model|lacks|has no")
+    refused(saved, net(seed=1)[:2], r"has no module '2'|does not fit this model.*2\.op")
 
 
 def test_another_architecture_is_refused(saved):
@@ -469,15 +472,3 @@ def test_a_folder_of_somebody_else_with_a_similar_name_is_left_alone(tmp_path):
     assert contents(tmp_path / "out") == {"a": b"new"}
     assert (tmp_path / ".out.partial-notes").is_dir()
 
-
-def test_the_old_folder_is_away_only_between_two_renames(old, monkeypatch):
-    rename, seen = Path.rename, []
-
-    def watched(self: Path, target: Path) -> Path:
-        seen.append((self.name.split("-")[0], Path(target).name.split("-")[0], time.perf_counter()))
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", watched)
-    with io.staged(old, force=True) as folder:
-        (folder / "c").write_bytes(b"new")
-    assert [names for *names, _ in seen] == [["out", ".out.old"], [".out.partial", "out"]]

@@ -46,3 +46,10 @@ def folder(tmp_path, llama, words):
 @pytest.fixture(scope="session")
 def smollm2() -> transformers.LoadedModel:
     return transformers.load("smollm2")
+
+
+def pytest_collection_modifyitems(items):
+    """One worker loads the real model, once."""
+    for item in items:
+        if item.get_closest_marker("smollm2"):
+            item.add_marker(pytest.mark.xdist_group("smollm2"))

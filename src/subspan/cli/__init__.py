@@ -63,6 +63,6 @@ def group() -> Any:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 when all is well, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    """Run the command line and exit: 0 if all is well, 1 for an error, 2 for wrong usage, 130 if interrupted."""
     given = list(sys.argv[1:] if args is None else args)
     group().main(args=given or ["--help"], prog_name="subspan")

@@ -65,24 +65,22 @@ def run(
     sizes = {"ratio": ratio, "err": err, "energy": energy}
     if one_of(plan=plan, method=method) == "plan":
         refuse_with_plan(**sizes, metric=metric, select=select)
-    jobs.vacant(out, force=force, reads=[model, *([plan] if plan else []), *(calibrate or [])])
-    if plan is not None:
-        given = jobs.read_plan(plan)
-        method, args = given.method, given.args
     else:
-        target = one_of(**sizes)
-        given, args = None, jobs.encode(jobs.TARGETS[target](sizes[target]), metric)
-    made = jobs.decode(str(method), args)
-    jobs.require_data(str(method), made, calibrate)
-    note_unused(str(method), calibrate, needed=made.measure.needs_data)
+        one_of(**sizes)
+    jobs.vacant(out, force=force, reads=[model, *([plan] if plan else []), *(calibrate or [])])
+    given = None if plan is None else jobs.read_plan(plan)
+    name = given.method if given else str(method)
+    args = given.args if given else jobs.encode(jobs.target_of(**sizes), metric)
+    made = jobs.decode(name, args)
+    jobs.require_data(name, made, calibrate)
+    note_unused(name, calibrate, needed=made.measure.needs_data)
     loaded = jobs.opened(model, dtype=dtype, device=device, merged=True)
     batches = jobs.calibration(loaded, made, calibrate, limit=tokens, window=window)
-    if given is not None:
-        jobs.follow_plan(loaded.model, given, batches=batches, track=bar("decomposing"))
+    track = bar("decomposing")
+    if given:
+        jobs.follow_plan(loaded.model, given, batches=batches, track=track)
     else:
-        given, study = jobs.make_plan(
-            loaded.model, str(method), args, select=select, batches=batches, track=bar("decomposing")
-        )
+        given, study = jobs.make_plan(loaded.model, name, args, select=select, batches=batches, track=track)
         study.apply(loaded.model, given)
     folders.save_model(out, loaded, {"method": given.method, "plan": given.to_dict()}, force=force)
     size = (out / WEIGHTS).stat().st_size

@@ -27,7 +27,7 @@ from subspan.cli.common import (
     Window,
     outcome,
 )
-from subspan.hosts import folders, jobs, text
+from subspan.hosts import folders, jobs, lessons, text
 from subspan.methods import find
 
 EXAMPLE = "subspan finetune smollm2 --method lora --data @code --steps 20 -o runs/lora"
@@ -59,13 +59,15 @@ def run(
     """
     find(method)
     jobs.vacant(out, force=force, reads=[model, *data])
-    count = None if rank is None else jobs.parse_rank(rank)
+    count = None if rank is None else lessons.parse_rank(rank)
     loaded = jobs.opened(model, dtype=dtype, device=device)
     length = jobs.window_for(loaded.model, window, usual=128)
-    found = jobs.split(jobs.tokens(loaded.tokenizer, text.read(data)), length)
-    learns = jobs.learning(loaded.model, method, steps=steps, select=select, rank=count, alpha=alpha, every=every)
-    rate = jobs.default_lr(method, scratch=False) if lr is None else lr
-    history = jobs.fit(loaded.model, learns, found, steps=steps, batch=batch, lr=rate, seed=seed, label=method)
+    found = lessons.split(jobs.tokens(loaded.tokenizer, text.read(data)), length)
+    learns = lessons.learning(
+        loaded.model, method, steps=steps, select=select, rank=count, alpha=alpha, every=every
+    )
+    rate = lessons.default_lr(method, scratch=False) if lr is None else lr
+    history = lessons.fit(loaded.model, learns, found, steps=steps, batch=batch, lr=rate, seed=seed, label=method)
     about = {"method": method, "args": learns.args, "lr": rate, "seed": seed, "data": data}
     if learns.kind == "adapter":
         folders.save_adapter(
@@ -73,8 +75,8 @@ def run(
         )
     else:
         folders.save_model(out, loaded, about, force=force)
-    jobs.write_history(out, history, about)
-    result = jobs.summary(history, learns)
+    lessons.write_history(out, history, about)
+    result = lessons.summary(history, learns)
     return Result(
         {"out": str(out), **about, **result}, (outcome(f"{method}, {steps} steps", result), f"wrote {out}")
     )

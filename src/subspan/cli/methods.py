@@ -22,8 +22,8 @@ def run(
 ) -> Result:
     """List the published methods this library is made of.
 
-    Status says how a method was verified: transcript, equal to ten steps of its authors' own program; limits, equal
-    to a simpler method at extreme settings.
+    Status says how a method was verified: transcript, equal to ten steps of its authors' own program; limits,
+    equal to a simpler method at extreme settings.
     """
     wanted = next((known for known in KINDS if known == kind), None)
     if kind is not None and wanted is None:

@@ -61,8 +61,8 @@ def run(
 
     The plan is a table that you can print, edit as a file and give to `subspan compress --plan`.
     """
-    target = one_of(ratio=ratio, err=err, energy=energy)
-    args = jobs.encode(jobs.TARGETS[target]({"ratio": ratio, "err": err, "energy": energy}[target]), metric)
+    one_of(ratio=ratio, err=err, energy=energy)
+    args = jobs.encode(jobs.target_of(ratio=ratio, err=err, energy=energy), metric)
     made = jobs.decode(method, args)
     jobs.require_data(method, made, calibrate)
     note_unused(method, calibrate, needed=made.measure.needs_data)

@@ -25,7 +25,7 @@ from subspan.cli.common import (
     Steps,
     outcome,
 )
-from subspan.hosts import folders, jobs, text
+from subspan.hosts import folders, jobs, lessons, text
 
 EXAMPLE = "subspan train --optimizer fira --steps 200 -o runs/tiny"
 
@@ -55,25 +55,27 @@ def run(
 ) -> Result:
     """Train a small language model from scratch with any optimizer of the list.
 
-    The model is LLaMA-shaped, the last tenth of the text is held out for validation, and OUT is a model folder with
-    its tokenizer and, in train.json, every loss.
+    The model is LLaMA-shaped, the last tenth of the text is held out for validation, and OUT is a model folder
+    with its tokenizer and, in train.json, every loss.
     """
     jobs.vacant(out, force=force, reads=data)
-    count = None if rank is None else jobs.parse_rank(rank)
-    made, args = jobs.rule(optimizer, steps=steps, rank=count, every=every)
+    count = None if rank is None else lessons.parse_rank(rank)
+    made, args = lessons.rule(optimizer, steps=steps, rank=count, every=every)
     content = text.read(data)
-    loaded = jobs.newborn(
+    loaded = lessons.newborn(
         content, vocab=vocab, hidden=hidden, layers=layers, heads=heads, window=window,
         dtype=dtype, device=device, seed=seed,
     )  # fmt: skip
-    found = jobs.split(jobs.tokens(loaded.tokenizer, content), window)
-    learns = jobs.Learning(list(loaded.model.named_parameters()), made, args, "optimizer")
-    rate = jobs.default_lr(optimizer, scratch=True) if lr is None else lr
-    history = jobs.fit(loaded.model, learns, found, steps=steps, batch=batch, lr=rate, seed=seed, label=optimizer)
+    found = lessons.split(jobs.tokens(loaded.tokenizer, content), window)
+    learns = lessons.Learning(list(loaded.model.named_parameters()), made, args, "optimizer")
+    rate = lessons.default_lr(optimizer, scratch=True) if lr is None else lr
+    history = lessons.fit(
+        loaded.model, learns, found, steps=steps, batch=batch, lr=rate, seed=seed, label=optimizer
+    )
     about = {"method": optimizer, "args": args, "lr": rate, "seed": seed, "data": data}
     folders.save_model(out, loaded, about, force=force)
-    jobs.write_history(out, history, about)
-    result = jobs.summary(history, learns)
+    lessons.write_history(out, history, about)
+    result = lessons.summary(history, learns)
     return Result(
         {"out": str(out), **about, **result}, (outcome(f"{optimizer}, {steps} steps", result), f"wrote {out}")
     )

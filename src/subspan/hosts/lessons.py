@@ -1,0 +1,219 @@
+"""Training jobs on language models, as the command line runs them: what learns, from what, at which rate."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from subspan.adapt import Adapted, adapt, trainable
+from subspan.edit import edit
+from subspan.heal import Named, only
+from subspan.hosts import text
+from subspan.hosts.jobs import Json, device_of, fold, place
+from subspan.hosts.training import History, draw, train
+from subspan.hosts.transformers import LoadedModel
+from subspan.methods import build, find
+from subspan.optim import Adam, Optim, Rule
+from subspan.select import Select
+
+VALIDATION_WINDOWS = 32
+HELD_OUT = 0.1
+
+# From scratch, and from a trained model, where a tenth to a fiftieth is the custom.
+SCRATCH_LR = {"adamw": 3e-3, "galore": 1e-2, "fira": 1e-2, "frugal": 1e-3}
+FINETUNE_LR = {
+    "adamw": 5e-5, "galore": 2e-4, "fira": 2e-4, "frugal": 5e-5,
+    "lora": 1e-3, "rslora": 1e-3, "dora": 1e-3, "pissa": 3e-4, "welore_peft": 3e-4,
+}  # fmt: skip
+
+
+def parse_rank(value: str) -> int | float:
+    """A rank as given on the command line: a count, or a share of the full rank.
+
+    >>> parse_rank("64"), parse_rank("0.25")
+    (64, 0.25)
+    """
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    count = value.strip().isdigit()
+    if not (number >= 1 if count else 0 < number <= 1):
+        raise ValueError(f"rank {value!r} is neither a count such as 64 nor a share such as 0.25")
+    return int(value) if count else number
+
+
+def default_lr(method: str, *, scratch: bool) -> float:
+    """A learning rate to begin with."""
+    return (SCRATCH_LR if scratch else FINETUNE_LR).get(method, 1e-3 if scratch else 1e-4)
+
+
+def rule(
+    method: str, *, steps: int, rank: int | float | None = None, every: int | None = None
+) -> tuple[Rule, Json]:
+    """A registered optimizer and the arguments it was built with.
+
+    A quarter of the full rank unless told, and ten refreshes or those every 200 steps, whichever are more.
+    """
+    takes = inspect.signature(find(method, "optimizer").build).parameters
+    usual = {"rank": 0.25, "every": min(200, max(1, steps // 10))}
+    given = {name: value for name, value in {"rank": rank, "every": every}.items() if value is not None}
+    args: Json = {name: value for name, value in usual.items() if name in takes} | given
+    return build(method, "optimizer", **args), args
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a method trains: the parameters by name, the rule that steps them, its arguments, and what to save."""
+
+    named: Named
+    rule: Rule
+    args: Json
+    kind: str
+
+
+def learning(
+    model: nn.Module,
+    method: str,
+    *,
+    steps: int,
+    select: Select | None = None,
+    rank: int | float | None = None,
+    alpha: float | None = None,
+    every: int | None = None,
+) -> Learning:
+    """Prepare a model for fine-tuning by an adapter, a healing method or an optimizer; all else is frozen.
+
+    Raises ValueError for a compression, and naming an argument that the method does not take.
+    """
+    kind = find(method).kind
+    if kind == "compression":
+        raise ValueError(
+            f"{method} compresses; run `subspan compress MODEL --method {method} ...`, then fine-tune"
+        )
+    if kind != "adapter" and select is not None:
+        raise ValueError(f"--select chooses layers for adapters, and {method} is none; leave it out")
+    if kind == "adapter" and isinstance(rank, float):
+        raise ValueError(f"rank {rank} is a share, and {method} takes a count, such as 8")
+    if kind == "adapter":
+        refuse_stack(model, method)
+        args = full_args(method, rank=rank, alpha=alpha, every=every)
+        edit(model, select, adapt(build(method, "adapter", **args)))
+        return Learning(only(model, {name for name, _ in trainable(model)}), Adam(), args, kind)
+    fold(model)
+    if kind == "healing":
+        return Learning(build(method, rank=rank, alpha=alpha, every=every).choose(model), Adam(), {}, kind)
+    build(method, alpha=alpha)
+    made, args = rule(method, steps=steps, rank=rank, every=every)
+    return Learning(only(model, {name for name, _ in model.named_parameters()}), made, args, kind)
+
+
+def refuse_stack(model: nn.Module, method: str) -> None:
+    """Raise ValueError for a model that carries an adapter: its folder could not name the base of a second one."""
+    if any(isinstance(module, Adapted) for module in model.modules()):
+        raise ValueError(
+            f"the model already carries an adapter, and {method} would be a second; fine-tune its base, or merge "
+            "it first with `subspan compress MODEL --method svd --err 0 -o MERGED`"
+        )
+
+
+def full_args(method: str, **given: Any) -> Json:
+    """Every argument of a preset, as given or by default: a saved adapter must not depend on later defaults."""
+    build(method, **given)
+    defaults = {name: p.default for name, p in inspect.signature(find(method).build).parameters.items()}
+    return defaults | {name: value for name, value in given.items() if value is not None}
+
+
+def fit(
+    model: nn.Module,
+    learns: Learning,
+    data: Split,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int = 0,
+    label: str = "training",
+) -> History:
+    """Train what `learns` names on random windows, as long as those of validation; raises what `train` raises."""
+    optimizer = Optim(learns.named, learns.rule, lr=lr, seed=seed)
+    drawn = draw(data.train, length=data.validation.shape[1], batch=batch, steps=steps, seed=seed)
+    device = device_of(model)
+    batches = (ids.to(device) for ids in drawn)
+    return train(model, batches, optimizer, steps=steps, validation=data.validation, label=label, progress=True)
+
+
+class Split(NamedTuple):
+    """Token ids to train on, (tokens,), and windows to validate on, (count, length)."""
+
+    train: Tensor
+    validation: Tensor
+
+
+def split(ids: Tensor, window: int) -> Split:
+    """Hold out the last tenth for validation; raises ValueError when it is shorter than one window."""
+    cut = len(ids) - int(HELD_OUT * len(ids))
+    count = min(VALIDATION_WINDOWS, (len(ids) - cut) // window)
+    return Split(ids[:cut], text.windows(ids, window, max(1, count), start=cut))
+
+
+def newborn(
+    content: str,
+    *,
+    vocab: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    window: int,
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
+) -> LoadedModel:
+    """A small untrained LLaMA with a tokenizer learnt from the text, all but the tenth that `split` holds out.
+
+    Raises ValueError for sizes that do not fit together.
+    """
+    if hidden % (2 * heads):
+        near = 2 * heads * max(1, hidden // (2 * heads))
+        raise ValueError(f"hidden {hidden} is no multiple of twice the {heads} heads; use e.g. {near}")
+    words = text.train_tokenizer(content[: int((1 - HELD_OUT) * len(content))], vocab)
+    config = LlamaConfig(
+        vocab_size=words.get_vocab_size(), hidden_size=hidden, intermediate_size=8 * math.ceil(hidden / 3),
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+        max_position_embeddings=window, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = LlamaForCausalLM(config)
+    wrapped: Any = PreTrainedTokenizerFast(tokenizer_object=words)
+    return LoadedModel(model.to(place(device), getattr(torch, dtype)), wrapped, "scratch")
+
+
+def write_history(out: str | Path, history: History, about: Mapping[str, Any]) -> None:
+    """Write `train.json` into a saved folder: what was run, and every loss."""
+    path = Path(out) / "train.json"
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({**about, **asdict(history)}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def summary(history: History, learns: Learning) -> Json:
+    """What a run came to, as plain values."""
+    return {
+        "parameters": sum(p.numel() for _, p in learns.named),
+        "state_bytes": history.state_bytes,
+        "tokens_per_second": history.tokens_per_second,
+        "train_loss": history.train[-1][1],
+        "validation_before": history.validation[0][1],
+        "validation_after": history.final,
+        "perplexity": math.exp(history.final),
+    }
