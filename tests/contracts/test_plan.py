@@ -224,6 +224,7 @@ def test_a_plan_for_the_model_passes_its_check():
     plan = made(RANKS["mixed"])
     plan.check(shapes(sites(net())))
     plan.check({**shapes(sites(net())), "more": (3, 3)})
+    assert plan == made(RANKS["mixed"])
 
 
 @pytest.mark.parametrize("limit,rows", [(None, 5), (5, 5), (9, 5), (2, 2), (0, 0)])

@@ -74,7 +74,7 @@ def run(
     made = jobs.decode(name, args)
     jobs.require_data(name, made, calibrate)
     note_unused(name, calibrate, needed=made.measure.needs_data)
-    loaded = jobs.opened(model, dtype=dtype, device=device, merged=True)
+    loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed, merged=True)
     batches = jobs.calibration(loaded, made, calibrate, limit=tokens, window=window)
     track = bar("decomposing")
     if given:

@@ -43,7 +43,7 @@ def run(
 
     The text is cut into windows; the first token of each is given, all others are predicted.
     """
-    loaded = jobs.opened(model, dtype=dtype, device=device)
+    loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed)
     score = jobs.evaluate(loaded, text, window=window, count=windows, speed=speed)
     rows = {
         "perplexity": f"{score.perplexity:.4f}",

@@ -60,7 +60,7 @@ def run(
     find(method)
     jobs.vacant(out, force=force, reads=[model, *data])
     count = None if rank is None else lessons.parse_rank(rank)
-    loaded = jobs.opened(model, dtype=dtype, device=device)
+    loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed)
     length = jobs.window_for(loaded.model, window, usual=128)
     found = lessons.split(jobs.tokens(loaded.tokenizer, text.read(data)), length)
     learns = lessons.learning(

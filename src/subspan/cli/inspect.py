@@ -47,7 +47,7 @@ def run(
     """Show what a model's weights look like: spectra, effective ranks, what is low-rank."""
     if out is not None:
         jobs.vacant(out, force=force, reads=[model])
-    loaded = jobs.opened(model, dtype=dtype, device=device, merged=True)
+    loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed, merged=True)
     found = survey(loaded.model, select=select, err=err, track=bar("singular values"))
     page = None if out is None else write(report(found, model, seed), out, force)
     data = {"model": model, **found.to_dict(), "report": None if page is None else str(page)}

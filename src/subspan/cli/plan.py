@@ -68,7 +68,7 @@ def run(
     note_unused(method, calibrate, needed=made.measure.needs_data)
     if out is not None:
         jobs.vacant(out, force=force, reads=[model])
-    loaded = jobs.opened(model, dtype=dtype, device=device, merged=True)
+    loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed, merged=True)
     batches = jobs.calibration(loaded, made, calibrate, limit=tokens, window=window)
     plan, _ = jobs.make_plan(loaded.model, method, args, select=select, batches=batches, track=bar("decomposing"))
     if out is not None:

@@ -18,13 +18,13 @@ from subspan.hosts.meter import Meter, release
 from subspan.inspect import Report
 
 
-def run(out: Path, *, quick: bool = False, seed: int = 0, force: bool = False, json: bool = False) -> Path:
+def run(out: Path, *, quick: bool = False, seed: int = 0, force: bool = False) -> Path:
     """Run the three acts, print a table after each, and write report.html and report.json into `out`.
 
     Returns the path of report.html. Raises FileExistsError for a non-empty `out` unless `force`.
     """
     settings = (sizes.quick if quick else sizes.full)(seed)
-    console = Console(stderr=json)
+    console = Console()
     torch.manual_seed(seed)
     subtitle = "the quick version: sizes too small to conclude anything" if quick else ""
     report = Report("subspan: the low-rank life of a model", subtitle, seed=seed)

@@ -62,11 +62,12 @@ def place(name: str) -> torch.device:
     return device
 
 
-def opened(name: str, *, dtype: str, device: str, merged: bool = False) -> LoadedModel:
-    """Open a model by name, in the named precision; `merged` folds its adapters into plain layers.
+def opened(name: str, *, dtype: str, device: str, seed: int = 0, merged: bool = False) -> LoadedModel:
+    """Seed torch and open a model in the named precision; `merged` folds its adapters into plain layers.
 
     Raises what `open_model` and `place` raise.
     """
+    torch.manual_seed(seed)
     source = name if name == "smollm2" else str(Path(name).absolute())
     loaded = folders.open_model(source, dtype=getattr(torch, dtype), device=place(device), progress=True)
     if merged:
