@@ -16,6 +16,7 @@ from subspan.metric import Batches, Forward, Measure, Plain, call, collect
 from subspan.ops import Dense, LinOp, OpLinear
 from subspan.plan import Plan, SitePlan, site_plan
 from subspan.select import Select
+from subspan.threads import spread
 
 Item = TypeVar("Item")
 Track = Callable[[Iterable[Item]], Iterable[Item]]
@@ -102,17 +103,20 @@ def study(
                 "pass calibration batches (command line: --calibrate)"
             )
         means = collect(model, batches, measure, found, forward=forward)
-    parts: dict[str, Decomposition] = {}
-    own: dict[str, Tensor] = dict(spectra or {})
-    for name in track(list(found)):
+
+    def take(name: str) -> tuple[Decomposition, Tensor]:
         w = found[name].weight.detach()
-        parts[name] = decompose(w, measure.metric(means.get(name)))
-        if name not in own:
-            own[name] = parts[name].s if not measure.needs_data else linalg.svdvals(w)
+        part = decompose(w, measure.metric(means.get(name)))
+        if spectra is not None and name in spectra:
+            return part, spectra[name]
+        return part, linalg.svdvals(w) if measure.needs_data else part.s
+
+    both = dict(zip(track(list(found)), spread(take, found), strict=True))
+    parts, own = {n: part for n, (part, _) in both.items()}, {n: s for n, (_, s) in both.items()}
     everything = sum(p.numel() * p.element_size() for p in model.parameters())
     weights = sum(layer.weight.numel() * layer.weight.element_size() for layer in found.values())
     bits = {name: 8 * layer.weight.element_size() for name, layer in found.items()}
-    return Study(measure, {name: own[name] for name in found}, parts, bits, everything - weights)
+    return Study(measure, own, parts, bits, everything - weights)
 
 
 def compress(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from subspan.ops import LowRank
+from subspan.ops import LowRank, OpLinear
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -25,7 +25,9 @@ class Factors:
 
         Raises ValueError when the model has no low-rank layer.
         """
-        ops = [name for name, m in model.named_modules() if isinstance(m, LowRank)]
+        # Not those of adapters: they are no part of a compressed layer.
+        layers = [(name, m) for name, m in model.named_modules() if isinstance(m, OpLinear)]
+        ops = [name for at, m in layers for name, op in m.named_modules(prefix=at) if isinstance(op, LowRank)]
         if not ops:
             raise ValueError(f"{type(model).__name__} has no low-rank layer to train; compress it first")
         wanted = {f"{name}.{factor}" for name in ops for factor in ("u", "v")}

@@ -32,14 +32,14 @@ Json = dict[str, Any]
 
 
 def spec(op: LinOp) -> Json:
-    """What an op is, without its numbers: {"op": class, argument: value}; tensors leave shape and dtype.
+    """What an op is, without its numbers: {"kind": class, argument: value}; tensors leave shape and dtype.
 
     >>> from subspan.ops import Diag
     >>> spec(Diag(torch.ones(2)))
-    {'op': 'Diag', 'd': {'tensor': [2], 'dtype': 'float32'}}
+    {'kind': 'Diag', 'd': {'tensor': [2], 'dtype': 'float32'}}
     """
     arguments = list(inspect.signature(type(op).__init__).parameters)[1:]
-    return {"op": type(op).__name__, **{name: _encode(getattr(op, name)) for name in arguments}}
+    return {"kind": type(op).__name__, **{name: _encode(getattr(op, name)) for name in arguments}}
 
 
 def build(description: Mapping[str, Any]) -> LinOp:
@@ -48,10 +48,10 @@ def build(description: Mapping[str, Any]) -> LinOp:
     Raises ValueError for an op this version does not know.
     """
     known = {kind.__name__: kind for kind in _subclasses(LinOp)}  # type: ignore[type-abstract]
-    name = description.get("op")
+    name = description.get("kind")
     if name not in known:
         raise ValueError(f"unknown op {name!r}; this version knows {', '.join(sorted(known))}: upgrade subspan")
-    return known[name](**{key: _decode(value) for key, value in description.items() if key != "op"})
+    return known[name](**{key: _decode(value) for key, value in description.items() if key != "kind"})
 
 
 def _encode(value: Any) -> Any:
@@ -88,31 +88,52 @@ def staged(out: str | Path, *, force: bool = False) -> Iterator[Path]:
     parent cannot be written, OSError with the remedy when the disk is full. What was there before stays until
     the new folder is complete, whatever happens.
     """
-    out = Path(out).absolute()
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not force):
+    out = Path(out).resolve()
+    if out.is_file():
+        raise FileExistsError(f"{out} is a file; choose another output, or remove it first")
+    if out.is_dir() and any(out.iterdir()) and not force:
         raise FileExistsError(
             f"{out} exists and is not empty; choose another output or pass --force to replace it"
         )
     partial, old = (out.with_name(f".{out.name}.{stage}-{os.getpid()}") for stage in ("partial", "old"))
+    for stale in (partial, *([old] if out.exists() else []), *_abandoned(out)):
+        shutil.rmtree(stale, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
+        _swap(partial, out, old)
     except (OSError, SafetensorError) as problem:
-        raise _explain(problem, out) from problem
+        explained = _explain(problem, out)
+        if explained is problem:
+            raise
+        raise explained from problem
     finally:
-        for leftover in (partial, *_abandoned(out)):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
 
 
+def _swap(partial: Path, out: Path, old: Path) -> None:
+    if out.exists():
+        out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+
+
 def _abandoned(out: Path) -> list[Path]:
-    """Staging folders of processes that were killed."""
-    found = out.parent.glob(f".{out.name}.partial-*") if out.parent.is_dir() else []
-    return [path for path in found if not _alive(int(path.name.rpartition("-")[2]))]
+    """Folders that killed processes left: half-written ones, and replaced ones whose replacement is there."""
+    stages = ("partial", "old") if out.exists() else ("partial",)
+    found = [(path, path.name.removeprefix(f".{out.name}.").partition("-")) for path in _beside(out)]
+    return [p for p, (stage, _, pid) in found if stage in stages and pid.isdecimal() and not _alive(int(pid))]
+
+
+def _beside(out: Path) -> list[Path]:
+    parent = out.parent
+    return [p for p in parent.iterdir() if p.name.startswith(f".{out.name}.")] if parent.is_dir() else []
 
 
 def _alive(pid: int) -> bool:
@@ -120,7 +141,7 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         return True
     return True
 
@@ -129,7 +150,9 @@ def _explain(problem: Exception, out: Path) -> Exception:
     text = str(problem)
     if getattr(problem, "errno", None) == errno.ENOSPC or "os error 28" in text:
         return OSError(errno.ENOSPC, f"disk full while writing {out}; nothing was changed: free space and repeat")
-    if isinstance(problem, PermissionError) or getattr(problem, "errno", None) == errno.EROFS:
+    where = getattr(problem, "filename", None)
+    ours = where is None or Path(where).is_relative_to(out.parent)
+    if ours and (isinstance(problem, PermissionError) or getattr(problem, "errno", None) == errno.EROFS):
         return PermissionError(f"cannot write to {out.parent}; choose an output folder you may write to")
     return problem
 
@@ -151,11 +174,15 @@ def save(folder: Path, model: nn.Module, about: Mapping[str, Any] | None = None)
 
 def unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The model's state without repetitions, and alias -> the name that holds the tensor."""
-    first: dict[tuple[int, torch.Size], str] = {}
+    first: dict[Any, str] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     for name, tensor in model.state_dict().items():
-        holder = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
+        holder = (
+            first.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), name)
+            if tensor.numel()
+            else name
+        )
         if holder == name:
             tensors[name] = tensor
         else:
@@ -181,9 +208,11 @@ def read_about(folder: str | Path) -> Json:
         raise FileNotFoundError(f"{folder} has no {ABOUT}; it is not a folder that subspan saved")
     try:
         about: Json = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as problem:
+    except ValueError as problem:  # UnicodeDecodeError is one too
         raise ValueError(f"{path} is damaged: {problem}; save the model again") from None
-    if about.get("format", 0) > FORMAT:
+    if not isinstance(about, dict) or not isinstance(about.get("format"), int) or "sites" not in about:
+        raise ValueError(f"{path} is damaged: it names no format and sites; save the model again")
+    if about["format"] > FORMAT:
         raise ValueError(
             f"{path} has format {about['format']}, written by subspan {about.get('library')}; this is subspan "
             f"{library_version()}, which reads up to {FORMAT}: upgrade subspan"
@@ -231,6 +260,7 @@ def fill(have: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) 
         ("missing", [name for name in have if name not in tensors]),
         ("unexpected", [name for name in tensors if name not in have]),
         ("of another shape", [n for n, t in tensors.items() if n in have and t.shape != have[n].shape]),
+        ("of another kind of number", [n for n, t in tensors.items() if n in have and not _alike(t, have[n])]),
     ]
     problems = [f"{len(names)} {what} ({', '.join(names[:5])})" for what, names in report if names]
     if problems:
@@ -239,6 +269,10 @@ def fill(have: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) 
         )
     for name, tensor in have.items():
         tensor.data = tensors[name].to(tensor.device)
+
+
+def _alike(one: Tensor, two: Tensor) -> bool:
+    return one.is_floating_point() == two.is_floating_point()
 
 
 def library_version() -> str:

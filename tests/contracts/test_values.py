@@ -47,9 +47,9 @@ VALUES = {
 def test_a_part_is_of_its_kind_and_cannot_be_changed(kind):
     value = VALUES[kind]()
     assert type(value) is kind
-    names = [field.name for field in dataclasses.fields(value)]
+    names = value._fields if issubclass(kind, tuple) else [field.name for field in dataclasses.fields(value)]
     for name in names:
-        with pytest.raises(dataclasses.FrozenInstanceError):
+        with pytest.raises(AttributeError, match=r"cannot assign|can't set"):
             setattr(value, name, None)
 
 

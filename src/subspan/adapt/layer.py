@@ -104,6 +104,8 @@ class Adapted(nn.Module):
     def __init__(self, base: Linear) -> None:
         super().__init__()
         self.base = frozen(base)
+        # In a tuple, so that it is not a submodule: what stood here before a start changed it, for its hash.
+        self._origin: tuple[Linear, ...] = ()
         self.adapters = nn.ModuleDict()
         self._active: tuple[str, ...] = ()
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -128,6 +130,8 @@ class Adapted(nn.Module):
             )
         below = self.folded(self.active) if layer is self.base else layer
         slot = Slot(op, join.at(below.weight.detach(), op)).train(self.training)
+        if layer is not self.base:
+            self._origin = (self.base,)
         self.base = frozen(layer)
         self.adapters[name] = slot
         self._active += (name,)
@@ -146,6 +150,11 @@ class Adapted(nn.Module):
         if name not in self.adapters:
             raise ValueError(f"no adapter {name!r}; there are: {', '.join(self.adapters) or 'none at all'}")
         return cast("Slot", self.adapters[name])
+
+    @property
+    def origin(self) -> Linear:
+        """The layer as it was before any adapter: the base, unless a start has changed that."""
+        return self._origin[0] if self._origin else self.base
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -211,6 +220,7 @@ def adapt(adapter: Adapter, name: str = "default") -> Callable[[str, nn.Module],
 def _restack(site: str, module: nn.Module) -> Adapted:
     if isinstance(module, Adapted):
         adapted = Adapted(module.base)
+        adapted._origin = module._origin
         for name in module.adapters:
             adapted.adapters[name] = module.slot(name)
         adapted.active = module.active

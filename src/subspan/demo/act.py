@@ -56,8 +56,10 @@ def mib(count: float) -> str:
 
 def ordering(names: Sequence[str], values: Sequence[float], claim: str) -> str:
     """Whether the values grow along the names, as a published result says they do."""
-    shown = " < ".join(
-        f"{name} {value:.3g}" for name, value in sorted(zip(names, values, strict=True), key=_second)
+    digits = next((d for d in range(3, 10) if len({f"{v:.{d}g}" for v in values}) == len(values)), 3)
+    rows = [(name, f"{value:.{digits}g}") for name, value in sorted(zip(names, values, strict=True), key=_second)]
+    shown = " ".join(rows[0]) + "".join(
+        f" {'=' if before == text else '<'} {name} {text}" for (_, before), (name, text) in pairwise(rows)
     )
     holds = all(a < b for a, b in pairwise(values))
     return f"{claim}: {'shows here' if holds else 'does NOT show here'} ({shown})."

@@ -31,8 +31,9 @@ LORA_RATE = 1e-3
 
 
 def lora_rank(plan: Plan, numbers: int) -> int:
-    """The rank at which LoRA on every site trains about as many numbers."""
-    return max(1, round(numbers / sum(sum(site.shape) for site in plan.sites.values())))
+    """The rank at which LoRA on every site trains about as many numbers, or the largest that all can have."""
+    rank = round(numbers / sum(sum(site.shape) for site in plan.sites.values()))
+    return max(1, min(rank, *(site.full for site in plan.sites.values())))
 
 
 @contextmanager

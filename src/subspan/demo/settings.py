@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Settings:
     """Sizes of the three acts; the numbers that decide how long the demo takes."""
 
-    steps: int = 140
+    steps: int = 110
     batch: int = 8
     length: int = 128
     vocab: int = 2048

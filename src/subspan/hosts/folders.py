@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,19 +37,32 @@ def open_model(
         return host.load(name, dtype=dtype, device=device, progress=progress)
     about = io.read_about(folder)
     if about.get("kind") == "adapter":
-        base = open_model(about["base"]["source"], dtype=dtype, device=device, progress=progress)
+        trained_in = getattr(torch, about["base"]["dtype"])
+        base = open_model(about["base"]["source"], dtype=trained_in, device=device, progress=progress)
         put_adapter(base.model, folder, about)
+        cast(base.model, dtype)
         base.model.to(device)
         return replace(base, source=str(folder))
     model = host.skeleton(folder, dtype=dtype)
     io.load(folder, model)
-    return LoadedModel(model.to(device, dtype).eval(), host.tokenizer(folder), str(folder))
+    cast(model, dtype)
+    return LoadedModel(model.to(device).eval(), host.tokenizer(folder), str(folder))
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring saved tensors to a dtype; what is computed, like rotary frequencies, keeps its precision."""
+    own = added(model)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and name not in own:
+            tensor.data = tensor.data.to(dtype)
 
 
 def save_model(
     out: str | Path, loaded: LoadedModel, about: Mapping[str, Any] | None = None, *, force: bool = False
 ) -> Path:
     """Write a whole model, compressed sites included, as a folder that `open_model` takes; see `io.staged`."""
+    if any(isinstance(m, Adapted) for m in loaded.model.modules()):
+        raise ValueError("the model carries an adapter; merge it first, or write the adapter with save_adapter")
     with io.staged(out, force=force) as folder:
         host.save_folder_extras(loaded.model, loaded.tokenizer, folder)
         io.save(folder, loaded.model, {"kind": "model", "source": loaded.source, **(about or {})})
@@ -70,12 +83,22 @@ def save_adapter(
 
     Raises ValueError for a model without adapters.
     """
-    sites = [name for name, m in model.named_modules() if isinstance(m, Adapted)]
+    found = {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+    sites = list(found)
     if not sites:
         raise ValueError(f"{type(model).__name__} carries no adapter; adapt it first")
+    for site, adapted in found.items():
+        names = list(adapted.adapters)
+        if names != ["default"]:
+            raise ValueError(
+                f"{site} carries the adapters {', '.join(names)}; a folder holds one, named 'default'"
+            )
     with io.staged(out, force=force) as folder:
-        io.write_tensors(folder / io.WEIGHTS, added(model))
-        base = {"source": source, "sha256": fingerprint(model, sites)}
+        own = added(model)
+        io.write_tensors(folder / io.WEIGHTS, own)
+        dtype = next(p.dtype for name, p in model.named_parameters() if name not in own)
+        where = str(Path(source).resolve()) if Path(source).is_dir() else source
+        base = {"source": where, "sha256": fingerprint(model), "dtype": str(dtype).removeprefix("torch.")}
         what = {"kind": "adapter", "method": method, "args": dict(args), "base": base, "sites": sites}
         io.write_about(folder, {**what, **(about or {})})
     return Path(out)
@@ -83,9 +106,9 @@ def save_adapter(
 
 def put_adapter(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> None:
     """Put a saved adapter on its base, strictly; the model is left as it was on any error."""
+    found = fingerprint(model)
     done = edit(model, about["sites"], adapt(build(about["method"], "adapter", **about["args"])))
     try:
-        found = fingerprint(model, about["sites"])
         if found != about["base"]["sha256"]:
             raise ValueError(
                 f"{folder} was trained on other weights than {about['base']['source']} has now (sha256 "
@@ -103,13 +126,17 @@ def added(model: nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict(keep_vars=True).items() if name.startswith(slots)}
 
 
-def fingerprint(model: nn.Module, sites: Iterable[str]) -> str:
-    """sha256 over the base weights under the adapted sites, in float32."""
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over all weights as they were before any adapter, in float32."""
+    slots = added(model)
+    state = {name: t for name, t in model.state_dict().items() if name not in slots}
+    for site, module in model.named_modules():
+        if isinstance(module, Adapted):
+            for name in module.base.state_dict(prefix=f"{site}.base."):
+                del state[name]
+            state |= module.origin.state_dict(prefix=f"{site}.")
     digest = hashlib.sha256()
-    for name in sorted(sites):
-        layer = model.get_submodule(name)
-        base = layer.base if isinstance(layer, Adapted) else layer
-        for key, tensor in sorted(base.state_dict().items()):
-            digest.update(f"{name}.{key}".encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

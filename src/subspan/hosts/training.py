@@ -95,12 +95,12 @@ def train(
                 history.validation.append((step - 1, nll(model, validation, batch=8).mean().item()))
             with Meter() as meter:
                 loss = advance(model, ids, optimizer, clip)
-                schedule.step()
             tokens, seconds = tokens + ids.numel(), seconds + meter.seconds
             history.peak_rss = max(history.peak_rss, meter.peak)
             history.train.append((step, loss))
             if not math.isfinite(loss):
                 raise FloatingPointError(f"{label}: the loss is {loss} at step {step}; lower the learning rate")
+            schedule.step()
             if step == 1:
                 moved(watch, label)
             if after is not None:
@@ -108,21 +108,23 @@ def train(
             bar.update(task, advance=1, loss=f"loss {loss:.3f}")
     if validation is not None:
         history.validation.append((steps, nll(model, validation, batch=8).mean().item()))
-    history.tokens_per_second = tokens / seconds
+    history.tokens_per_second = tokens / seconds if seconds else 0.0
     history.state_bytes = state_bytes(optimizer)
     model.eval()
     return history
 
 
 def advance(model: nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer, clip: float | None) -> float:
-    """One step on one batch; returns its loss."""
+    """One step on one batch; returns its loss, and takes no step when that is not finite."""
     result: Any = model(input_ids=ids, labels=ids)
+    loss: float = result.loss.item()
+    if not math.isfinite(loss):
+        return loss
     optimizer.zero_grad(set_to_none=True)
     result.loss.backward()
     if clip is not None:
         torch.nn.utils.clip_grad_norm_(wanting(optimizer), clip)
     optimizer.step()
-    loss: float = result.loss.item()
     return loss
 
 
@@ -143,7 +145,7 @@ def still(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor, Tensor]]:
 def sample(p: Tensor) -> Tensor:
     """A copy of at most 4096 evenly spread entries."""
     flat = p.detach().flatten()
-    return flat[:: max(1, flat.numel() // 4096)].clone()
+    return flat[:: max(1, -(-flat.numel() // 4096))].clone()
 
 
 def moved(before: list[tuple[str, Tensor, Tensor]], label: str) -> None:
@@ -151,7 +153,7 @@ def moved(before: list[tuple[str, Tensor, Tensor]], label: str) -> None:
     stuck = [
         name
         for name, p, old in before
-        if p.grad is not None and bool(p.grad.any()) and torch.equal(sample(p), old)
+        if p.grad is not None and bool(sample(p.grad).any()) and torch.equal(sample(p), old)
     ]
     if stuck:
         raise RuntimeError(

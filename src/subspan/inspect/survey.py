@@ -19,6 +19,7 @@ from subspan.compress import Track
 from subspan.edit import shapes, sites
 from subspan.plan import Shapes
 from subspan.select import Select
+from subspan.threads import spread
 
 Kind = Literal["LRC", "N-LRC", "flat"]
 ENERGY = 0.9
@@ -129,9 +130,11 @@ def survey(
     """
     found = sites(model, select)
     shape, given = shapes(found), dict(spectra or {})
-    own: dict[str, Tensor] = {}
-    for name in track(list(found)):
-        own[name] = known(given[name], name, shape[name]) if name in given else values(found[name].weight, name)
+
+    def own_values(name: str) -> Tensor:
+        return known(given[name], name, shape[name]) if name in given else values(found[name].weight, name)
+
+    own = dict(zip(track(list(found)), spread(own_values, found), strict=True))
     ranks = welore_ranks(own, shape, err)
     return Survey({name: survey_row(s, shape[name], ranks.get(name)) for name, s in own.items()}, own, err)
 
