@@ -266,10 +266,10 @@ def test_the_second_act_scores_every_plan_and_its_table_is_its_data(second, load
         (metric, budget) for metric in ("plain", "gram") for _ in SMALL.errs for budget in ("welore", "uniform")
     ]
     assert second.dense == second.act.data["dense"]["perplexity"] == perplexity(loaded.model, second.texts.scored)
-    assert rows[0][3] == act_two.number(second.dense) and len(rows) == len(records) + 1
+    assert rows[0][5] == act_two.number(second.dense) and len(rows) == len(records) + 1
     for row, r in zip(rows[1:], records, strict=True):
-        cells = [f"{r['budget']}, {r['metric']}", f"{r['err']:.1%}", f"{r['ratio']:.1%}",
-                 act_two.number(r["perplexity"]), f"{r['bytes_kept']:.1%}", mib(r["bytes"]),
+        cells = [f"{r['budget']} {r['metric']}", f"{r['err']:.1%}", f"{r['ratio']:.1%}", f"{r['bytes_kept']:.1%}",
+                 f"{r['bytes'] / 2**20:.0f}", act_two.number(r["perplexity"]),
                  f"{r['tokens_per_second']:.1f}"]  # fmt: skip
         assert row == cells and len(row) == len(columns)
 

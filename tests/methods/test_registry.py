@@ -16,12 +16,19 @@ from torch import nn
 import subspan
 from subspan.adapt import Adapter
 from subspan.compress import Compression
+from subspan.heal import Factors
 from subspan.methods import Method, build, find, method, methods
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 NAMES = sorted(methods())
 # Where a kind's parts live: it decides when two packages use one word.
-HOME = {"optimizer": "subspan.optim", "adapter": "subspan.adapt", "compression": "subspan.compress"}
+HOME = {
+    "optimizer": "subspan.optim",
+    "adapter": "subspan.adapt",
+    "compression": "subspan.compress",
+    "healing": "subspan.heal",
+}
+KINDS = {"adapter": Adapter, "compression": Compression, "healing": Factors}
 
 
 def public_names(kind):
@@ -70,7 +77,7 @@ def test_defaults_build_a_value_of_the_kind(name):
         assert state and all(isinstance(x, torch.Tensor) for x in state.values())
         assert set(value.degree) <= set(state)
     else:
-        assert isinstance(value, {"adapter": Adapter, "compression": Compression}[record.kind])
+        assert isinstance(value, KINDS[record.kind])
 
 
 @pytest.mark.parametrize("name", NAMES)

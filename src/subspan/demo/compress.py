@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from subspan.budget import Budget, Err, Spectra, Uniform, WeLore
 from subspan.compress import Study, study
-from subspan.demo.act import Act, mib, ordering
+from subspan.demo.act import Act, ordering
 from subspan.demo.settings import Settings
 from subspan.edit import shapes, sites
 from subspan.hosts.meter import Meter
@@ -70,8 +70,8 @@ class Scored:
     def row(self) -> list[str]:
         """A line of the table."""
         return [
-            f"{self.budget}, {self.metric}", f"{self.plan.err:.1%}", f"{self.plan.ratio:.1%}",
-            number(self.perplexity), f"{self.kept:.1%}", mib(self.plan.bytes[1]), f"{self.tokens_per_second:.1f}",
+            f"{self.budget} {self.metric}", f"{self.plan.err:.1%}", f"{self.plan.ratio:.1%}", f"{self.kept:.1%}",
+            f"{self.plan.bytes[1] / 2**20:.0f}", number(self.perplexity), f"{self.tokens_per_second:.1f}",
         ]  # fmt: skip
 
 
@@ -156,8 +156,8 @@ def act_compress(loaded: LoadedModel, settings: Settings) -> Compressed:
 
 def tabulate(act: Act, texts: Texts, results: list[Scored], dense: tuple[float, float], whole: int) -> None:
     """The table of all plans, the dense model first."""
-    first = ["dense", "0 %", "100 %", number(dense[0]), "100 %", mib(whole), f"{dense[1]:.1f}"]
-    columns = ["budget, metric", "ranks removed", "numbers kept", "perplexity", "bytes kept", "bytes", "tokens/s"]
+    first = ["dense", "0%", "100%", "100%", f"{whole / 2**20:.0f}", number(dense[0]), f"{dense[1]:.1f}"]
+    columns = ["plan", "ranks cut", "numbers", "bytes", "MiB", "perplexity", "tokens/s"]
     caption = f"SmolLM2-135M compressed; perplexity on {texts.scored.numel():,} held-out tokens"
     act.tables.append((caption, columns, [first, *(r.row() for r in results)]))
 
@@ -171,15 +171,21 @@ def picture(
         [
             kind,
             f"{t.count}",
-            f"{t.stable_rank:.1f}",
-            f"{t.effective_rank:.0f}",
+            f"{t.stable_rank:.0%}",
+            f"{t.effective_rank:.0%}",
             f"{t.tail_index:.2f}",
             f"{t.lrc:.0%}",
         ]
         for kind, t in seen.types().items()
     ]
-    columns = ["matrix type", "matrices", "stable rank", "effective rank", "tail index", "low-rank (LRC)"]
-    act.tables.append((f"Spectra by matrix type, means; LRC at {CHOSEN[2]:.0%} rank reduction", columns, types))
+    columns = ["type", "count", "stable rank", "effective rank", "tail index", "low-rank"]
+    act.tables.append(
+        (
+            f"Spectra by type: mean ranks in % of the full rank; low-rank by WeLore at {CHOSEN[2]:.0%}",
+            columns,
+            types,
+        )
+    )
     act.figures.append((f"Normalised singular values of {len(spectra)} matrices", spectra_figure(spectra)))
     heat = rank_heatmap(chosen.plan.ranks(), shapes(sites(model)))
     act.figures.append((f"Share of the rank that WeLore keeps at {CHOSEN[2]:.0%} rank reduction", heat))
@@ -207,4 +213,4 @@ def remark(act: Act, settings: Settings, results: list[Scored], dense: float, se
 
 def number(ppl: float) -> str:
     """A perplexity with as many digits as it deserves."""
-    return f"{ppl:.2f}" if ppl < 1000 else f"{ppl:,.0f}"
+    return f"{ppl:.2f}" if ppl < 1000 else f"{ppl:.2g}"

@@ -94,7 +94,7 @@ def told(
 ) -> Act:
     """Table, figure and remarks."""
     act = Act("Heal", TEXT)
-    columns = ["trained", "trained numbers", "optimizer state", "perplexity", "tokens/s", "peak RSS"]
+    columns = ["trained", "numbers", "optimizer state", "perplexity", "tokens/s", "peak RSS"]
     caption = f"{settings.heal_steps} steps of {settings.heal_length} tokens on the 50 % WeLore model"
     act.tables.append((caption, columns, rows))
     figure = loss_curves({n: h.validation for n, h in curves.items()}, "nats per token")
