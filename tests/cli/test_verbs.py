@@ -219,3 +219,16 @@ def test_every_optimizer_trains_all_weights(method, good, tiny, page, tmp_path):
     assert found["parameters"] == sum(p.numel() for p in loaded.model.parameters())
     assert validation_loss(loaded, page, 32) == found["validation_after"]
     assert math.isfinite(found["perplexity"])
+
+
+def test_the_demo_prints_where_its_page_lies(cli, tmp_path, monkeypatch):
+    def run(out, *, quick, seed, force):
+        print("act one")
+        assert (quick, seed, force) == (True, 3, False)
+        return out / "report.html"
+
+    monkeypatch.setattr(import_module("subspan.cli.demo").demo, "run", run)
+    args = ["demo", "--quick", "--seed", 3, "-o", tmp_path / "demo"]
+    assert cli(*args).out == f"act one\nreport: {tmp_path / 'demo' / 'report.html'}\n"
+    done = cli(*args, "--json")
+    assert (done.json, done.err) == ({"report": str(tmp_path / "demo" / "report.html")}, "act one\n")

@@ -39,7 +39,7 @@ def load(verb: str) -> Any:
     """Import a verb's module and make its command."""
     module = importlib.import_module(f"subspan.cli.{verb}")
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    epilog = f"[bold]Example:[/bold] [cyan]{module.EXAMPLE}[/cyan]"
+    epilog = f"[bold]Example:[/bold]\n\n[cyan]{module.EXAMPLE}[/cyan]"
     app.command(verb, cls=Verb, epilog=epilog)(module.run)
     return typer.main.get_command(app)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -18,7 +19,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 Item = TypeVar("Item")
-LIMIT = 20
+LIMIT, WIDTH = 20, 120
 EXPECTED = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
 
 
@@ -112,6 +113,8 @@ def show(result: Result, as_json: bool) -> None:
         print(json.dumps(result.data, indent=1, allow_nan=False))
         return
     console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH  # a file or pipe has none of its own
     for item in result.shown:
         if isinstance(item, str):
             console.print(item, markup=False, soft_wrap=True)

@@ -35,7 +35,7 @@ from subspan.cli.common import (
 from subspan.hosts import folders, jobs
 from subspan.io import WEIGHTS
 
-EXAMPLE = "subspan compress smollm2 --method welore --err 0.3 -o runs/small"
+EXAMPLE = "subspan compress smollm2 --method svd_llm --err 0.3 --calibrate @prose -o out"
 
 
 def run(

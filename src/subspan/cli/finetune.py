@@ -25,6 +25,7 @@ from subspan.cli.common import (
     Select,
     Steps,
     Window,
+    note,
     outcome,
 )
 from subspan.hosts import folders, jobs, lessons, text
@@ -62,7 +63,9 @@ def run(
     count = None if rank is None else lessons.parse_rank(rank)
     loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed)
     length = jobs.window_for(loaded.model, window, usual=128)
-    found = lessons.split(jobs.tokens(loaded.tokenizer, text.read(data)), length)
+    content = text.read(data)
+    note(f"training on {len(content):,} characters")
+    found = lessons.split(jobs.tokens(loaded.tokenizer, content), length)
     learns = lessons.learning(
         loaded.model, method, steps=steps, select=select, rank=count, alpha=alpha, every=every
     )

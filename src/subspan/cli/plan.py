@@ -33,7 +33,7 @@ from subspan.cli.common import (
 )
 from subspan.hosts import jobs
 
-EXAMPLE = "subspan plan smollm2 --method welore --err 0.3 -o plan.json"
+EXAMPLE = "subspan plan smollm2 --method svd_llm --err 0.3 --calibrate @prose -o p.json"
 
 
 def run(

@@ -23,6 +23,7 @@ from subspan.cli.common import (
     Result,
     Seed,
     Steps,
+    note,
     outcome,
 )
 from subspan.hosts import folders, jobs, lessons, text
@@ -62,6 +63,7 @@ def run(
     count = None if rank is None else lessons.parse_rank(rank)
     made, args = lessons.rule(optimizer, steps=steps, rank=count, every=every)
     content = text.read(data)
+    note(f"training on {len(content):,} characters")
     loaded = lessons.newborn(
         content, vocab=vocab, hidden=hidden, layers=layers, heads=heads, window=window,
         dtype=dtype, device=device, seed=seed,
