@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/compression.json"))
     parser.add_argument("--errs", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     args = parser.parse_args()
-    settings = replace(full(0), errs=tuple(args.errs))
+    settings = replace(full(0), errs=tuple(args.errs), calibration=32)
     with Meter() as meter:
         act = act_compress(open_model("smollm2", progress=True), settings).act
     act.show(Console())

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
 
 from subspan import linalg
 
@@ -103,12 +104,12 @@ class Plan:
         """The plan as a printable table; `limit` rows at most."""
         before, after = self.bytes
         table = Table(
-            "site", "shape", "rank", "form", "error", "reason",
+            Column("site", overflow="fold"), "shape", "rank", "form", "error", "reason", box=box.SIMPLE_HEAD,
             title=f"{self.method}: rank reduction {self.err:.1%}, numbers kept {self.ratio:.1%}, "
             f"bytes {before / 2**20:.1f} -> {after / 2**20:.1f} MiB",
         )  # fmt: skip
         for name, s in list(self.sites.items())[:limit]:
-            shape, rank = f"{s.shape[0]} x {s.shape[1]}", f"{s.rank}/{s.full}"
+            shape, rank = f"{s.shape[0]}x{s.shape[1]}", f"{s.rank}/{s.full}"
             table.add_row(name, shape, rank, s.form, f"{s.error:.2%}", s.reason)
         if limit is not None and len(self.sites) > limit:
             table.caption = f"{len(self.sites) - limit} more sites; --json prints all"
@@ -173,8 +174,8 @@ def site_plan(
     form: Form = "keep" if rank == min(m, n) else "lowrank" if rank <= break_even(m, n) else "dense"
     why = {
         "keep": "full rank",
-        "lowrank": f"factors hold {rank * (m + n) / (m * n):.0%} of the numbers",
-        "dense": f"rank above break-even {break_even(m, n)}: truncated, stored dense",
+        "lowrank": f"{rank * (m + n) / (m * n):.0%} of the numbers",
+        "dense": f"past break-even {break_even(m, n)}",
     }
     cost = numbers(rank, m, n) if form == "lowrank" else m * n
     return SitePlan(

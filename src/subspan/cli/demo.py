@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from subspan import demo
-from subspan.cli.common import Debug, Force, Json, Out, Result, Seed
+from subspan.cli.common import Debug, Device, DType, Force, Json, Out, Precision, Result, Seed
 from subspan.hosts import jobs
 
 EXAMPLE = "subspan demo --quick -o runs/demo"
@@ -20,9 +21,13 @@ def run(
     force: Force = False,
     as_json: Json = False,
     seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Precision = DType.float32,
     debug: Debug = False,
 ) -> Result:
     """Train, compress, heal and compare small models; writes one html report."""
     jobs.vacant(out, force=force)
-    page = demo.run(out, quick=quick, seed=seed, force=force)
+    page = demo.run(
+        out, quick=quick, seed=seed, device=str(jobs.place(device)), dtype=getattr(torch, dtype), force=force
+    )
     return Result({"report": str(page)}, (f"report: {page}",))

@@ -72,13 +72,14 @@ def run(
     rate = lessons.default_lr(method, scratch=False) if lr is None else lr
     history = lessons.fit(loaded.model, learns, found, steps=steps, batch=batch, lr=rate, seed=seed, label=method)
     about = {"method": method, "args": learns.args, "lr": rate, "seed": seed, "data": data}
+    notes = lessons.diary(history, about)
     if learns.kind == "adapter":
         folders.save_adapter(
-            out, loaded.model, method=method, args=learns.args, source=loaded.source, about=about, force=force
-        )
+            out, loaded.model, method=method, args=learns.args, source=loaded.source,
+            about=about, notes=notes, force=force,
+        )  # fmt: skip
     else:
-        folders.save_model(out, loaded, about, force=force)
-    lessons.write_history(out, history, about)
+        folders.save_model(out, loaded, about, notes=notes, force=force)
     result = lessons.summary(history, learns)
     return Result(
         {"out": str(out), **about, **result}, (outcome(f"{method}, {steps} steps", result), f"wrote {out}")

@@ -75,8 +75,7 @@ def run(
         loaded.model, learns, found, steps=steps, batch=batch, lr=rate, seed=seed, label=optimizer
     )
     about = {"method": optimizer, "args": args, "lr": rate, "seed": seed, "data": data}
-    folders.save_model(out, loaded, about, force=force)
-    lessons.write_history(out, history, about)
+    folders.save_model(out, loaded, about, notes=lessons.diary(history, about), force=force)
     result = lessons.summary(history, learns)
     return Result(
         {"out": str(out), **about, **result}, (outcome(f"{optimizer}, {steps} steps", result), f"wrote {out}")

@@ -134,7 +134,7 @@ def act_compress(loaded: LoadedModel, settings: Settings) -> Compressed:
     spectra: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
     for metric, measure in MEASURED.items():
-        batches = (window[None] for window in texts.calibration)
+        batches = (window[None].to(settings.device) for window in texts.calibration)
         with Meter() as meter:
             taken = study(
                 loaded.model, measure, batches=batches, spectra=spectra, track=bar(f"decompose, {metric}")

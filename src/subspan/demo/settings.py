@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 
 @dataclass(frozen=True)
 class Settings:
     """Sizes of the three acts; the numbers that decide how long the demo takes."""
 
-    steps: int = 110
+    steps: int = 100
     batch: int = 8
     length: int = 128
     vocab: int = 2048
@@ -19,11 +21,13 @@ class Settings:
     errs: tuple[float, ...] = (0.3, 0.5)
     window: int = 512
     scored: int = 8
-    calibration: int = 32
-    heal_steps: int = 24
+    calibration: int = 16
+    heal_steps: int = 16
     heal_length: int = 256
     decode: int = 16
     seed: int = 0
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     @property
     def rank(self) -> int:
@@ -31,14 +35,14 @@ class Settings:
         return self.hidden // 4
 
 
-def full(seed: int) -> Settings:
+def full(seed: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Settings:
     """About eight minutes on two cores."""
-    return Settings(seed=seed)
+    return Settings(seed=seed, device=device, dtype=dtype)
 
 
-def quick(seed: int) -> Settings:
+def quick(seed: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Settings:
     """The same story in two minutes, with numbers that say less."""
-    return Settings(
-        steps=24, vocab=1024, hidden=128, layers=2, code_chars=150_000, scored=2, calibration=4, heal_steps=3,
-        heal_length=128, decode=4, seed=seed,
+    return replace(
+        full(seed, device=device, dtype=dtype), steps=24, vocab=1024, hidden=128, layers=2, code_chars=150_000,
+        scored=2, calibration=4, heal_steps=3, heal_length=128, decode=4,
     )  # fmt: skip

@@ -18,12 +18,22 @@ from subspan.hosts.meter import Meter, release
 from subspan.inspect import Report
 
 
-def run(out: Path, *, quick: bool = False, seed: int = 0, force: bool = False) -> Path:
+def run(
+    out: Path,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+) -> Path:
     """Run the three acts, print a table after each, and write report.html and report.json into `out`.
+
+    The first act trains in float32 whatever the `dtype`, which is that of the language model.
 
     Returns the path of report.html. Raises FileExistsError for a non-empty `out` unless `force`.
     """
-    settings = (sizes.quick if quick else sizes.full)(seed)
+    settings = (sizes.quick if quick else sizes.full)(seed, device=device, dtype=dtype)
     console = Console()
     torch.manual_seed(seed)
     subtitle = "the quick version: sizes too small to conclude anything" if quick else ""
@@ -32,7 +42,7 @@ def run(out: Path, *, quick: bool = False, seed: int = 0, force: bool = False) -
         with Meter() as meter:
             show(act_train(settings), "train", 1, console, report)
             release()
-            loaded = open_model("smollm2", progress=True)
+            loaded = open_model("smollm2", dtype=dtype, device=device, progress=True)
             compressed = act_compress(loaded, settings)
             show(compressed.act, "compress", 2, console, report)
             show(act_heal(loaded, compressed, settings), "heal", 3, console, report)

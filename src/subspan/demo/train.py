@@ -54,7 +54,7 @@ def fresh(settings: Settings) -> nn.Module:
         max_position_embeddings=settings.length, tie_word_embeddings=False,
     )  # fmt: skip
     model: nn.Module = LlamaForCausalLM(config)
-    return model
+    return model.to(settings.device)
 
 
 def factorised(model: nn.Module, rank: int) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -58,14 +59,23 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def save_model(
-    out: str | Path, loaded: LoadedModel, about: Mapping[str, Any] | None = None, *, force: bool = False
+    out: str | Path,
+    loaded: LoadedModel,
+    about: Mapping[str, Any] | None = None,
+    *,
+    notes: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> Path:
-    """Write a whole model, compressed sites included, as a folder that `open_model` takes; see `io.staged`."""
+    """Write a whole model, compressed sites included, as a folder that `open_model` takes; see `io.staged`.
+
+    `notes` are json files to lie beside it, by name.
+    """
     if any(isinstance(m, Adapted) for m in loaded.model.modules()):
         raise ValueError("the model carries an adapter; merge it first, or write the adapter with save_adapter")
     with io.staged(out, force=force) as folder:
         host.save_folder_extras(loaded.model, loaded.tokenizer, folder)
         io.save(folder, loaded.model, {"kind": "model", "source": loaded.source, **(about or {})})
+        write_notes(folder, notes)
     return Path(out)
 
 
@@ -77,6 +87,7 @@ def save_adapter(
     args: Mapping[str, Any],
     source: str,
     about: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Path:
     """Write only what was added to the base: the adapters' tensors, the preset that made them, the base's hash.
@@ -101,7 +112,14 @@ def save_adapter(
         base = {"source": where, "sha256": fingerprint(model), "dtype": str(dtype).removeprefix("torch.")}
         what = {"kind": "adapter", "method": method, "args": dict(args), "base": base, "sites": sites}
         io.write_about(folder, {**what, **(about or {})})
+        write_notes(folder, notes)
     return Path(out)
+
+
+def write_notes(folder: Path, notes: Mapping[str, Any] | None) -> None:
+    """Write each note as json under its name."""
+    for name, content in (notes or {}).items():
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def put_adapter(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +16,7 @@ from subspan.adapt import Adapted, adapt, trainable
 from subspan.edit import edit
 from subspan.heal import Named, only
 from subspan.hosts import text
-from subspan.hosts.jobs import Json, device_of, fold, place
+from subspan.hosts.jobs import Json, fold, place
 from subspan.hosts.training import History, draw, train
 from subspan.hosts.transformers import LoadedModel
 from subspan.methods import build, find
@@ -146,9 +144,7 @@ def fit(
 ) -> History:
     """Train what `learns` names on random windows, as long as those of validation; raises what `train` raises."""
     optimizer = Optim(learns.named, learns.rule, lr=lr, seed=seed)
-    drawn = draw(data.train, length=data.validation.shape[1], batch=batch, steps=steps, seed=seed)
-    device = device_of(model)
-    batches = (ids.to(device) for ids in drawn)
+    batches = draw(data.train, length=data.validation.shape[1], batch=batch, steps=steps, seed=seed)
     return train(model, batches, optimizer, steps=steps, validation=data.validation, label=label, progress=True)
 
 
@@ -198,12 +194,9 @@ def newborn(
     return LoadedModel(model.to(place(device), getattr(torch, dtype)), wrapped, "scratch")
 
 
-def write_history(out: str | Path, history: History, about: Mapping[str, Any]) -> None:
-    """Write `train.json` into a saved folder: what was run, and every loss."""
-    path = Path(out) / "train.json"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({**about, **asdict(history)}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+def diary(history: History, about: Mapping[str, Any]) -> Json:
+    """The note `train.json` that lies beside a trained model: what was run, and every loss."""
+    return {"train.json": {**about, **asdict(history)}}
 
 
 def summary(history: History, learns: Learning) -> Json:

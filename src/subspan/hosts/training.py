@@ -116,6 +116,7 @@ def train(
 
 def advance(model: nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer, clip: float | None) -> float:
     """One step on one batch; returns its loss, and takes no step when that is not finite."""
+    ids = ids.to(next(model.parameters()).device)
     result: Any = model(input_ids=ids, labels=ids)
     loss: float = result.loss.item()
     if not math.isfinite(loss):
