@@ -222,13 +222,13 @@ def test_every_optimizer_trains_all_weights(method, good, tiny, page, tmp_path):
 
 
 def test_the_demo_prints_where_its_page_lies(cli, tmp_path, monkeypatch):
-    def run(out, *, quick, seed, force):
+    def run(out, *, quick, seed, device, dtype, force):
         print("act one")
-        assert (quick, seed, force) == (True, 3, False)
+        assert (quick, seed, device, dtype, force) == (True, 3, "cpu", torch.bfloat16, False)
         return out / "report.html"
 
     monkeypatch.setattr(import_module("subspan.cli.demo").demo, "run", run)
-    args = ["demo", "--quick", "--seed", 3, "-o", tmp_path / "demo"]
+    args = ["demo", "--quick", "--seed", 3, "--dtype", "bfloat16", "-o", tmp_path / "demo"]
     assert cli(*args).out == f"act one\nreport: {tmp_path / 'demo' / 'report.html'}\n"
     done = cli(*args, "--json")
     assert (done.json, done.err) == ({"report": str(tmp_path / "demo" / "report.html")}, "act one\n")

@@ -234,6 +234,12 @@ def test_spectra_lines_are_the_normalised_spectra_one_colour_per_type():
     assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["q_proj", "up_proj"]
 
 
+def test_perplexity_title_compares_sizes_as_they_are_printed():
+    points = {"uniform": [(0.7986, 44.6)], "welore": [(0.9, 20.0), (0.7991, 43.9)]}
+    title = perplexity_figure(points, dense=10.0).axes[0].get_title("left")
+    assert title == "At 80% of the bytes welore is lowest, 43.9 (4.39 x dense)"
+
+
 def test_spectra_title_names_the_fastest_and_slowest_type():
     figure = spectra_figure({"0.slow": torch.tensor([1.0, 0.9]), "0.fast": torch.tensor([1.0, 0.1])})
     assert figure.axes[0].get_title("left") == "Singular values of 2 matrices: fast falls fastest, slow slowest"

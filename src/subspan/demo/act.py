@@ -44,8 +44,7 @@ class Act:
             report.table(caption, list(columns), rows)
         for caption, figure in self.figures:
             report.figure(caption, figure)
-        for note in self.notes:
-            report.note(note)
+        report.note("\n\n".join(self.notes))
         report.data[key] = self.data
 
 
