@@ -25,6 +25,8 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/compression.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps galore-torch==1.0
+	$(BIN)/python bench/step_time.py
 
 docs: $(STAMP)
 	$(BIN)/python tools/docs.py
