@@ -11,7 +11,7 @@ import torch
 class Settings:
     """Sizes of the three acts; the numbers that decide how long the demo takes."""
 
-    steps: int = 100
+    steps: int = 90
     batch: int = 8
     length: int = 128
     vocab: int = 2048
@@ -22,7 +22,7 @@ class Settings:
     window: int = 512
     scored: int = 8
     calibration: int = 16
-    heal_steps: int = 16
+    heal_steps: int = 12
     heal_length: int = 256
     decode: int = 16
     seed: int = 0
