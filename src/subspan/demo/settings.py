@@ -43,6 +43,6 @@ def full(seed: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32) 
 def quick(seed: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Settings:
     """The same story in two minutes, with numbers that say less."""
     return replace(
-        full(seed, device=device, dtype=dtype), steps=24, vocab=1024, hidden=128, layers=2, code_chars=150_000,
-        scored=2, calibration=4, heal_steps=3, heal_length=128, decode=4,
+        full(seed, device=device, dtype=dtype), steps=16, vocab=1024, hidden=128, layers=2, code_chars=150_000,
+        window=256, scored=2, calibration=8, heal_steps=2, heal_length=128, decode=2,
     )  # fmt: skip
