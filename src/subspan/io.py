@@ -197,7 +197,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:
     """The folder's json, with format and library version."""
-    text = json.dumps({"format": FORMAT, "library": library_version(), **about}, indent=1)
+    text = json.dumps({"format": FORMAT, "library": subspan_version(), **about}, indent=1)
     (folder / ABOUT).write_text(text + "\n", encoding="utf-8")
 
 
@@ -215,7 +215,7 @@ def read_about(folder: str | Path) -> Json:
     if about["format"] > FORMAT:
         raise ValueError(
             f"{path} has format {about['format']}, written by subspan {about.get('library')}; this is subspan "
-            f"{library_version()}, which reads up to {FORMAT}: upgrade subspan"
+            f"{subspan_version()}, which reads up to {FORMAT}: upgrade subspan"
         )
     return about
 
@@ -275,6 +275,6 @@ def _alike(one: Tensor, two: Tensor) -> bool:
     return one.is_floating_point() == two.is_floating_point()
 
 
-def library_version() -> str:
+def subspan_version() -> str:
     """The installed version of subspan."""
     return version("subspan")

@@ -184,7 +184,7 @@ def test_saved_precision_wins_over_that_of_the_model(saved):
 
 def test_the_json_names_sites_format_version_and_what_was_added(saved):
     about = io.read_about(saved)
-    assert (about["format"], about["library"], about["kind"]) == (io.FORMAT, io.library_version(), "model")
+    assert (about["format"], about["library"], about["kind"]) == (io.FORMAT, io.subspan_version(), "model")
     assert {name: (site["op"][OP], site["bias"]) for name, site in about["sites"].items()} == {
         "0": ("Sum", True),
         "2": ("LowRank", False),

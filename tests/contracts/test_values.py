@@ -114,7 +114,7 @@ def test_normalised_spectra_run_from_zero_to_one():
 
 def test_about_is_written_with_format_and_version_and_read_back(tmp_path):
     io.write_about(tmp_path, {"method": "svd", "sites": {}})
-    expected = {"format": io.FORMAT, "library": io.library_version(), "method": "svd", "sites": {}}
+    expected = {"format": io.FORMAT, "library": io.subspan_version(), "method": "svd", "sites": {}}
     assert io.read_about(tmp_path) == expected
     assert json.loads((tmp_path / io.ABOUT).read_text()) == expected
 
