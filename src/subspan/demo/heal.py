@@ -25,7 +25,7 @@ from subspan.plan import Plan
 TEXT = (
     "From the WeLore model of 50 % rank reduction: train only its low-rank components, or LoRA adapters on every "
     "linear layer with as many trained numbers, for the same steps on the same batches. All else stays frozen. "
-    "Each learning rate is the best of two or three tried on the scored text, so read the two as close, not ranked."
+    "Each learning rate is the best of two or three tried on the scored text: read the two as close, not ranked."
 )
 RATE = 2e-4
 LORA_RATE = 1e-3
