@@ -136,7 +136,7 @@ def retensor(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) 
     io.write_tensors(folder / io.WEIGHTS, tensors)
 
 
-def refused(folder: Path, model: nn.Module, match: str, error: type[Exception] = ValueError) -> None:
+def check_refused(folder: Path, model: nn.Module, match: str, error: type[Exception] = ValueError) -> None:
     """Loading fails with these words, and every module, parameter and number is the one that was there."""
     modules, params = dict(model.named_modules()), dict(model.named_parameters())
     flags = {name: p.requires_grad for name, p in params.items()}
@@ -226,16 +226,16 @@ def test_a_tensor_and_its_transpose_in_one_storage_are_not_taken_for_tied(tmp_pa
 def test_an_unknown_op_or_a_newer_format_leaves_the_model_alone(saved):
     sites = io.read_about(saved)["sites"]
     rewrite(saved, sites={**sites, "2": {"kind": "compressed", "op": {OP: "Butterfly"}, "bias": False}})
-    refused(saved, net(seed=1), "unknown op 'Butterfly'")
+    check_refused(saved, net(seed=1), "unknown op 'Butterfly'")
     rewrite(saved, sites=sites, format=io.FORMAT + 1, library="9.9")
-    refused(saved, net(seed=1), rf"format {io.FORMAT + 1}, written by subspan 9\.9; this is .*upgrade")
+    check_refused(saved, net(seed=1), rf"format {io.FORMAT + 1}, written by subspan 9\.9; this is .*upgrade")
 
 
 def test_a_missing_json_or_weights_file_is_named(saved):
     (saved / io.WEIGHTS).rename(saved / "away")
-    refused(saved, net(), "model.safetensors does not exist", FileNotFoundError)
+    check_refused(saved, net(), "model.safetensors does not exist", FileNotFoundError)
     (saved / io.ABOUT).unlink()
-    refused(saved, net(), "has no subspan.json", FileNotFoundError)
+    check_refused(saved, net(), "has no subspan.json", FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -253,14 +253,14 @@ def test_a_missing_json_or_weights_file_is_named(saved):
 )
 def test_a_damaged_json_is_named(saved, content):
     (saved / io.ABOUT).write_bytes(content)
-    refused(saved, net(seed=1), r"subspan\.json")
+    check_refused(saved, net(seed=1), r"subspan\.json")
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
 def test_a_weights_file_cut_short_is_named(saved, share):
     content = (saved / io.WEIGHTS).read_bytes()
     (saved / io.WEIGHTS).write_bytes(content[: int(share * len(content))])
-    refused(saved, net(seed=1), r"model\.safetensors is damaged or cut short")
+    check_refused(saved, net(seed=1), r"model\.safetensors is damaged or cut short")
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_listed_together(saved):
@@ -269,7 +269,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_together(saved):
         tensors["3.weight"] = tensors["3.weight"][:5]
 
     retensor(saved, change)
-    refused(
+    check_refused(
         saved,
         net(seed=1),
         r"1 missing \(2\.op\.u\); 1 unexpected \(extra\); 1 of another shape \(3\.weight\); load it into its own",
@@ -278,16 +278,16 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_together(saved):
 
 def test_a_tensor_of_integers_for_a_trained_weight_is_refused_before_anything_changes(saved):
     retensor(saved, lambda tensors: tensors.update({"3.weight": torch.ones(6, dtype=torch.int64)}))
-    refused(saved, net(seed=1), r"3\.weight")
+    check_refused(saved, net(seed=1), r"3\.weight")
 
 
 def test_a_model_that_lacks_a_site_is_refused(saved):
-    refused(saved, net(seed=1)[:2], r"has no module '2'|does not fit this model.*2\.op")
+    check_refused(saved, net(seed=1)[:2], r"has no module '2'|does not fit this model.*2\.op")
 
 
 def test_another_architecture_is_refused(saved):
     wider = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6, bias=False), nn.LayerNorm(7)).double()
-    refused(saved, wider, r"2 of another shape \(3\.(weight, 3\.bias|bias, 3\.weight)\)")
+    check_refused(saved, wider, r"2 of another shape \(3\.(weight, 3\.bias|bias, 3\.weight)\)")
 
 
 # ---- staged folders

@@ -147,7 +147,7 @@ def shelf(tmp_path_factory, words) -> Shelf:
     return found
 
 
-def equal(shelf: Shelf, name: str) -> None:
+def check_equal(shelf: Shelf, name: str) -> None:
     read = shelf.read[name]
     assert isinstance(read, torch.Tensor), read
     assert read.dtype == shelf.expected[name].dtype and torch.equal(read, shelf.expected[name])
@@ -156,12 +156,12 @@ def equal(shelf: Shelf, name: str) -> None:
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_compressed_model_has_the_same_logits_in_another_process(shelf, dtype, tie):
-    equal(shelf, f"compressed-{dtype}-{tie}")
+    check_equal(shelf, f"compressed-{dtype}-{tie}")
 
 
 @pytest.mark.parametrize("name", ["resaved", "base-float32", "base-bfloat16"])
 def test_so_has_one_saved_again_and_one_that_is_not_compressed(shelf, name):
-    equal(shelf, name)
+    check_equal(shelf, name)
     if name == "resaved":
         assert torch.equal(shelf.expected["resaved"], shelf.expected["compressed-float32-True"])
 
@@ -171,7 +171,7 @@ def test_so_has_one_saved_again_and_one_that_is_not_compressed(shelf, name):
 def test_an_adapter_has_the_same_logits_in_another_process(shelf, preset, under):
     name = f"{preset}-on-{under}"
     assert not torch.equal(shelf.expected[name], shelf.expected[under])
-    equal(shelf, name)
+    check_equal(shelf, name)
 
 
 def test_the_three_forms_come_back_as_they_were(shelf):
@@ -239,7 +239,7 @@ def test_an_adapter_refuses_a_base_of_other_weights(pair, name):
     assert trained_on[:12] in hashes and len(hashes) == 2
 
 
-def untouched(model: nn.Module, act: Callable[[], object], match: str) -> None:
+def check_untouched(model: nn.Module, act: Callable[[], object], match: str) -> None:
     modules, state = dict(model.named_modules()), {k: t.clone() for k, t in model.state_dict().items()}
     with pytest.raises(ValueError, match=match):
         act()
@@ -251,17 +251,19 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(pair):
     under, folder = pair
     about, model = io.read_about(folder), open_model(under).model
     unknown = {**about, "method": "butterfly"}
-    untouched(model, lambda: put_adapter(model, folder, unknown), "unknown adapter method 'butterfly'")
+    check_untouched(model, lambda: put_adapter(model, folder, unknown), "unknown adapter method 'butterfly'")
     unfit = {**about, "args": {"rank": 33}}
-    untouched(model, lambda: put_adapter(model, folder, unfit), r"layers\.0\.self_attn\.q_proj.*rank 33")
+    check_untouched(model, lambda: put_adapter(model, folder, unfit), r"layers\.0\.self_attn\.q_proj.*rank 33")
     elsewhere = {**about, "sites": ["model.layers.7.mlp.up_proj"]}
-    untouched(model, lambda: put_adapter(model, folder, elsewhere), r"layers\.7\.mlp\.up_proj")
+    check_untouched(model, lambda: put_adapter(model, folder, elsewhere), r"layers\.7\.mlp\.up_proj")
     name = "model.layers.0.mlp.up_proj.adapters.default.op.u"
     rewrite(folder, lambda tensors: tensors.update(extra=tensors.pop(name)))
-    untouched(model, lambda: put_adapter(model, folder, about), r"1 missing \(.*op\.u\); 1 unexpected \(extra\)")
+    check_untouched(
+        model, lambda: put_adapter(model, folder, about), r"1 missing \(.*op\.u\); 1 unexpected \(extra\)"
+    )
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
-    untouched(model, lambda: put_adapter(model, folder, about), "trained on other weights")
+    check_untouched(model, lambda: put_adapter(model, folder, about), "trained on other weights")
 
 
 def test_an_adapter_whose_base_is_gone_names_it(pair):

@@ -18,7 +18,7 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-def same(a, b):
+def check_same(a, b):
     assert_close(a, b, rtol=0, atol=0)
 
 
@@ -31,7 +31,7 @@ def test_a_saved_model_loads_bit_for_bit(folder, llama, dtype):
     # Not llama.to(dtype), which would round the rotary frequencies too.
     reference = transformers.skeleton(folder, dtype=dtype)
     reference.load_state_dict(llama.state_dict(), strict=True)
-    same(logits(loaded.model), logits(reference))
+    check_same(logits(loaded.model), logits(reference))
     assert not loaded.model.training and loaded.source == str(folder)
 
 
@@ -41,7 +41,7 @@ def test_a_loaded_model_saves_and_loads_bit_for_bit(folder, llama, tmp_path):
     first.tokenizer.save_pretrained(tmp_path / "again")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
     second = transformers.load(tmp_path / "again", dtype=torch.float64)
-    same(logits(second.model), logits(llama))
+    check_same(logits(second.model), logits(llama))
 
 
 def test_a_loaded_model_is_frozen(folder):
@@ -57,7 +57,7 @@ def test_extras_and_weights_make_a_folder_that_loads_bit_for_bit(llama, words, t
         {k: v for k, v in llama.state_dict().items() if k != "lm_head.weight"}, tmp_path / "model.safetensors"
     )
     loaded = transformers.load(tmp_path, dtype=torch.float64)
-    same(logits(loaded.model), logits(llama))
+    check_same(logits(loaded.model), logits(llama))
     assert loaded.tokenizer("a statement").input_ids == words("a statement").input_ids
     assert loaded.model.generation_config.max_new_tokens == 7
 
@@ -75,13 +75,13 @@ def test_a_skeleton_filled_with_the_state_is_the_model(llama, words, tmp_path):
     assert built.lm_head.weight.data_ptr() == built.model.embed_tokens.weight.data_ptr()
     assert not built.training and built.generation_config.max_new_tokens == 7
     built.load_state_dict(llama.state_dict(), strict=True)
-    same(logits(built), logits(llama))
+    check_same(logits(built), logits(llama))
 
 
 def test_a_skeleton_leaves_the_global_random_state(folder):
     before = torch.random.get_rng_state()
     transformers.skeleton(folder)
-    same(torch.random.get_rng_state(), before)
+    check_same(torch.random.get_rng_state(), before)
 
 
 def test_loading_is_silent_and_puts_the_loggers_settings_back(folder, capfd):
@@ -217,7 +217,7 @@ def test_smollm2_carries_no_mark_of_its_file(smollm2, tmp_path):
     transformers.save_folder_extras(smollm2.model, smollm2.tokenizer, tmp_path)
     again = transformers.tokenizer(tmp_path)
     sample = text.code(5000)
-    same(text.encode(again, sample), text.encode(smollm2.tokenizer, sample))
+    check_same(text.encode(again, sample), text.encode(smollm2.tokenizer, sample))
     assert again.decode(text.encode(again, sample)) == sample
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "float32")
