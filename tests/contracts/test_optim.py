@@ -3,7 +3,8 @@
 import copy
 import inspect
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import pytest
@@ -27,13 +28,17 @@ from subspan.optim import (
     Sgd,
     Sign,
     Span,
+    Staggered,
     chain,
+    dense,
     hidden_matrices,
     keep,
     reset,
     rotate,
     stored,
 )
+from subspan.optim.direction import Both, Low, Picked, Times, add_to
+from subspan.optim.write import stochastic_bf16
 
 SHAPES = {"tall": (7, 5), "wide": (5, 7), "square": (6, 6)}
 RAW = Adam(eps_on="raw")
@@ -56,8 +61,9 @@ RULES = {
     "stored-projected": stored(Projected(Span(2), Every(2), Adam()), **{"frame.q": Bf16(), "rule.nu": Factored()}),
 }
 SUBSPACES = {
-    "span": Span(3),
-    "span-full": Span(1.0),
+    "power": Span(3),
+    "span": Span(3, "exact"),
+    "span-full": Span(1.0, "exact"),
     "gram": Span(3, "gram"),
     "random": Span(3, "random"),
     "rows": Rows(3),
@@ -75,7 +81,7 @@ def directions(rule, grads, seed=11):
     w = torch.zeros_like(grads[0])
     out = []
     for t, g in enumerate(grads, 1):
-        d = rule.update(g, s, w, t).clone()
+        d = dense(rule.update(g, s, w, t)).clone()
         out.append(d * rule.gain(s, t))
     return torch.stack(out), s
 
@@ -140,16 +146,16 @@ def test_a_subspace_is_orthonormal_coordinates(subspace, shape):
     old = subspace.fit(g, blank, True)
     new = subspace.fit(h, old, True)
     r = subspace.down(g, old)
-    assert_close(subspace.down(subspace.up(r, old), old), r)
+    assert_close(subspace.down(subspace.up(r, old).dense(), old), r)
     rank = r.shape[-2]
     eye = torch.eye(rank, dtype=g.dtype).expand(*g.shape[:-2], rank, rank)
-    assert_close(subspace.down(subspace.up(eye, old), old), eye)
-    assert_close(subspace.up(eye, old).mT @ subspace.up(eye, old), eye)
-    assert_close((subspace.up(eye, old).mT @ g), r)
+    assert_close(subspace.down(subspace.up(eye, old).dense(), old), eye)
+    assert_close(subspace.up(eye, old).dense().mT @ subspace.up(eye, old).dense(), eye)
+    assert_close((subspace.up(eye, old).dense().mT @ g), r)
     assert subspace.fit(h, old, False) == dict(old)
     for degree in (1, 2):
         assert_close(subspace.move(r, old, old, degree), r)
-    assert_close(subspace.move(r, old, new, 1), subspace.down(subspace.up(r, old), new))
+    assert_close(subspace.move(r, old, new, 1), subspace.down(subspace.up(r, old).dense(), new))
 
 
 @pytest.mark.parametrize("solver", ["exact", "gram", "random"])
@@ -161,11 +167,38 @@ def test_span_holds_the_most_of_the_gradient(solver):
     assert_close(r.square().sum(), best, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("subspace", [Span(3), Span(3, "gram"), Span(3, "random")], ids=repr)
+@pytest.mark.parametrize("subspace", [Span(3, "exact"), Span(3, "gram"), Span(3, "random")], ids=repr)
 def test_span_frames_have_their_largest_entries_positive(subspace):
     g = noise(9, 6)
     q = subspace.fit(g, subspace.init(g, 0), True)["q"]
     assert (q.gather(0, q.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_power_tends_to_the_singular_vectors_in_order_and_keeps_their_signs():
+    u, v = torch.linalg.qr(noise(9, 6)).Q, torch.linalg.qr(noise(6, 6, seed=1)).Q
+    g = u @ torch.diag(2.0 ** -torch.arange(6, dtype=torch.float64)) @ v.mT
+    span = Span(3)
+    s = span.fit(g, span.init(g, 0), True)
+    for _ in range(12):  # each sweep shrinks the error (s_{i+1} / s_i)^2 = 4 times
+        last, s = s, span.fit(g, s, True)
+    assert_close((s["q"] * u[:, :3]).sum(0).abs(), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert_close(s["q"], last["q"], rtol=0, atol=1e-6)
+
+
+def test_power_sees_what_its_last_basis_missed_entirely():
+    g, h = torch.zeros(2, 12, 8, dtype=torch.float64)
+    g[:6], h[6:] = noise(6, 8), noise(6, 2, seed=1) @ noise(2, 8, seed=2)
+    span = Span(2)
+    s = span.fit(h, span.fit(g, span.init(g, 0), True), True)
+    assert_close(span.up(span.down(h, s), s).dense(), h)
+
+
+def test_power_holds_a_gradient_however_small_or_deficient():
+    g = noise(9, 1) @ noise(1, 6, seed=1)
+    for scale in (1.0, 1e-20, 1e-120):
+        s = Span(3).fit(g * scale, Span(3).init(g, 0), True)
+        assert_close(s["q"].mT @ s["q"], torch.eye(3, dtype=torch.float64))
+        assert_close(Span(3).up(Span(3).down(g, s), s).dense(), g)
 
 
 def test_squares_of_aligned_coordinates_move_exactly():
@@ -219,7 +252,7 @@ def test_an_impossible_rank_is_refused(part, rank):
     "make, message",
     [
         (lambda: Every(0), "less than 1"),
-        (lambda: Span(2, "fast"), "use 'exact', 'gram' or 'random'"),
+        (lambda: Span(2, "fast"), "use 'power', 'exact', 'gram' or 'random'"),
         (lambda: Projected(Span(2), Every(1), Sgd(), side="top"), "'short', 'long', 'left' or 'right'"),
         (lambda: Adam(b1=1.0), "b1=1.0 is outside"),
         (lambda: Adam(b2=-0.1), "b2=-0.1 is outside"),
@@ -478,12 +511,109 @@ def test_a_refused_gradient_changes_nothing():
 
 def test_a_parameter_without_gradient_rests():
     model = net()
-    opt = Optim(model.named_parameters(), Adam(), lr=1e-2, weight_decay=0.5)
+    opt = Optim(model.named_parameters(), Adam(), lr=1e-2, weight_decay=0.5, unmoved="allow")
     before = {name: p.clone() for name, p in model.named_parameters()}
     model.up.bias.grad = torch.ones_like(model.up.bias)
     assert opt.step(lambda: 3.5) == 3.5
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert moved == ["up.bias"]
+
+
+def test_a_parameter_that_stands_still_is_an_error_that_names_it():
+    model = net()
+    opt = Optim(model.named_parameters(), Adam(), lr=1e-2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.up.bias.grad = None
+    model.up.weight.grad = torch.zeros_like(model.up.weight)  # no reason to move is no fault
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"not moved: up\.bias has no gradient\. Leave"):
+        opt.step()
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert still == {"up.bias", "up.weight"}
+    opt.step()  # it is said once
+
+
+def test_a_step_lost_to_rounding_is_an_error_and_stochastic_rounding_its_remedy():
+    grad = torch.ones(64, 8, dtype=torch.bfloat16)
+    near, odds = (nn.Parameter(torch.ones(64, 8, dtype=torch.bfloat16)) for _ in range(2))
+    near.grad = odds.grad = grad
+    with pytest.raises(RuntimeError, match=r"w is torch.bfloat16, too coarse for steps at lr 0\.0001"):
+        Optim([("w", near)], Adam(), lr=1e-4).step()
+    Optim([("w", odds)], Adam(), lr=1e-4, rounding="stochastic").step()
+    assert set(odds.detach().unique().tolist()) == {1.0, 1 - 2**-8}
+
+
+def test_the_check_waits_for_a_learning_rate_above_zero():
+    p = nn.Parameter(torch.ones(3))
+    opt = Optim([("w", p)], Adam(), lr=0.0)
+    opt.step()
+    opt.param_groups[0]["lr"] = 0.1
+    with pytest.raises(RuntimeError, match="w has no gradient"):
+        opt.step()
+
+
+def test_stochastic_rounding_is_unbiased_and_repeatable():
+    x = torch.full((100_000,), 1 + 2**-9)  # a quarter of the way from 1 to 1 + 2^-7
+    draws = [stochastic_bf16(x, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert set(draws[0].unique().tolist()) == {1.0, 1 + 2**-7}
+    # five standard deviations of 100,000 coins of probability 1/4
+    assert abs((draws[0] != 1).double().mean() - 0.25) < 5 * (0.25 * 0.75 / 1e5) ** 0.5
+    odd = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0])
+    assert torch.equal(stochastic_bf16(odd, torch.Generator()).float(), odd)
+    assert stochastic_bf16(torch.tensor([torch.nan]), torch.Generator()).isnan()
+
+
+def test_refreshes_are_staggered_one_an_interval():
+    """Twenty names fall on phases of their own; each is due at step 1 and then exactly once an interval."""
+    phases = []
+    for i in range(20):
+        refresh = Staggered(10)
+        s = refresh.init(zlib.crc32(f"layers.{i}.weight".encode()))
+        due = [t for t in range(1, 42) if refresh.due(s, t)]
+        phases.append(due[-1] % 10)
+        steps = [t for t in due if t > 1]
+        assert due[0] == 1 and {b - a for a, b in pairwise(steps)} == {10} and steps[0] <= 11
+    assert len(set(phases)) >= 6  # 20 fair throws over 10 fill fewer than 6 once in 10,000
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("subspace", [Span(3), Rows(3)], ids=repr)
+def test_coordinates_are_enough_between_refreshes(subspace, shape):
+    """`answer` on the mean of coordinates is `update` on the mean of gradients."""
+    rule = Projected(subspace, Every(5), Momentum(), scale=0.5)
+    first, a, b = noise(3, *shape)
+    w = torch.zeros(shape, dtype=torch.float64)
+    whole = dict(rule.init(first, 0))
+    rule.update(first, whole, w, 1)
+    small = {k: v.clone() for k, v in whole.items()}
+    coordinates = [rule.squeeze(g, small, 2) for g in (a, b)]
+    got = dense(rule.answer(sum(coordinates) / 2, small, w, 2))
+    assert_close(got, dense(rule.update((a + b) / 2, whole, w, 2)))
+    assert_close(small, whole)
+    assert all(c.numel() == 3 * max(shape) for c in coordinates)
+    assert rule.squeeze(a, small, 6) is None
+    assert replace(rule, residual=Sign()).squeeze(a, small, 3) is None
+
+
+def test_directions_add_what_they_are():
+    x, by, w = noise(4, 6), noise(1, 6, seed=1), noise(4, 6, seed=2)
+    low = Low(noise(4, 2, seed=3), noise(2, 6, seed=4))
+    picked = Picked(torch.tensor([3, 0]), noise(2, 6, seed=5), 4)
+    full = torch.zeros(4, 6, dtype=torch.float64)
+    full[[3, 0]] = noise(2, 6, seed=5)
+    for d, want in [
+        (low, low.left @ low.right),
+        (picked, full),
+        (Times(x, by), x * by),
+        (Both(low, picked), low.left @ low.right + full),
+    ]:
+        for one, it, start in ((d, want, w), (d.mT, want.mT, w.mT)):
+            out = start.clone()
+            add_to(out, one, -0.5)
+            assert_close(out, start - 0.5 * it, rtol=0, atol=1e-15)
+            assert_close(dense(one), it, rtol=0, atol=1e-15)
 
 
 def test_half_precision_steps_in_float32_and_rounds_once():
@@ -532,7 +662,8 @@ def test_galore_state_is_two_moments_a_basis_and_counters():
     p.grad = noise(40, 24, seed=1)
     opt = Optim([("w", p)], Projected(Span(5), Every(4), Adam()), lr=1e-2)
     opt.step()
-    assert opt.state_bytes() == 8 * (2 * 5 * 40 + 5 * 24) + 8 * 2
+    # moments, basis, drift; step, clock, fits, seed and draw
+    assert opt.state_bytes() == 8 * (2 * 5 * 40 + 5 * 24 + 1) + 8 * 5
     assert opt.report() == [
         {
             "name": "w",
@@ -540,5 +671,10 @@ def test_galore_state_is_two_moments_a_basis_and_counters():
             "role": "rule",
             "rule": repr(opt.rules["rule"]),
             "bytes": opt.state_bytes(),
+            "steps": 1,
+            "side": "right",
+            "rank": 5,
+            "refreshes": 1,
+            "drift": 0.0,
         }
     ]

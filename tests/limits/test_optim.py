@@ -22,6 +22,7 @@ from subspan.optim import (
     Sign,
     Span,
     chain,
+    dense,
     keep,
     reset,
     rotate,
@@ -59,7 +60,7 @@ def steps(rule, grads):
     """gain * update at each step, and the state after it."""
     s, w, out = dict(rule.init(grads[0], 0)), torch.zeros_like(grads[0]), []
     for t, g in enumerate(grads, 1):
-        d = rule.update(g, s, w, t)
+        d = dense(rule.update(g, s, w, t))
         out.append((d * rule.gain(s, t), {k: v.clone() for k, v in s.items()}))
     return out
 
@@ -87,19 +88,31 @@ def test_the_two_places_of_epsilon_differ_by_the_root_of_the_correction():
     assert (steps(Adam(eps=eps, eps_on="raw"), grads)[0][0] - corrected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_the_fused_kernel_is_the_rule(maximize, weight_decay):
+    """Both are elementwise; they may only round apart, by a few units in the last place of w and of the step."""
+    grads = gradients((7, 5))
+    kernel, plain = (
+        run(lambda p: Optim([("w", p)], rule, lr=0.01, weight_decay=weight_decay, maximize=maximize), grads)
+        for rule in (Adam(), chain(unfused=Adam()))
+    )
+    assert_close(kernel, plain, rtol=0, atol=1e-14)
+
+
 @every_shape
 @pytest.mark.parametrize("carry", [keep, rotate], ids=repr)
 def test_all_rows_never_refreshed_are_adam(shape, carry):
     grads = gradients(shape)
     projected = run(ours(Projected(Rows(1.0), Every(NEVER, carry), Adam())), grads)
-    assert torch.equal(projected, run(ours(Adam()), grads))
+    assert torch.equal(projected, run(ours(chain(unfused=Adam())), grads))
 
 
 @every_shape
 def test_all_rows_refreshed_with_rotate_are_adam(shape):
     grads = gradients(shape)
     projected = run(ours(Projected(Rows(1.0), Every(3, rotate), Adam())), grads)
-    assert torch.equal(projected, run(ours(Adam()), grads))
+    assert torch.equal(projected, run(ours(chain(unfused=Adam())), grads))
 
 
 @every_shape
@@ -167,7 +180,7 @@ def test_fira_first_step_has_a_closed_form(shape):
     q = u[:, :2]
     r = q.T @ x
     want = 0.25 * q @ r.sign() + (x - q @ r) * (math.sqrt(2) / r.norm(dim=0))
-    got = steps(fira(rank=2, rule=Adam(eps=1e-30, eps_on="raw")), g[None])[0][0]
+    got = steps(fira(rank=2, solver="exact", rule=Adam(eps=1e-30, eps_on="raw")), g[None])[0][0]
     assert_close(got if shape[0] < shape[1] else got.mT, want, rtol=1e-6, atol=1e-8)
 
 
@@ -229,7 +242,7 @@ def test_frugal_is_adam_on_the_drawn_rows_and_sign_elsewhere(shape):
 def test_reset_restarts_everything_at_a_refresh():
     """After a refresh the run is that of a new optimizer fed the remaining gradients (the frame is g's alone)."""
     grads = gradients((7, 5))
-    rule = Projected(Span(2), Every(4, reset), RAW, Sign())
+    rule = Projected(Span(2, "exact"), Every(4, reset), RAW, Sign())
     whole, rest = steps(rule, grads), steps(rule, grads[4:])
     for (a, _), (b, _) in zip(whole[4:], rest, strict=True):
         assert_close(a, b, rtol=0, atol=1e-14)

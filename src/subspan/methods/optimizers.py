@@ -7,20 +7,24 @@ from collections.abc import Callable
 from subspan.methods.registry import method
 from subspan.optim import (
     Adam,
+    Carry,
     Drop,
     Every,
     NormScale,
     Projected,
+    Refresh,
     Residual,
     Rows,
     Rule,
     Sign,
+    Solver,
     Span,
     Subspace,
     keep,
     reset,
 )
 
+Timing = Callable[[int, Carry], Refresh]
 RAW_ADAM = Adam(eps=1e-6, eps_on="raw")
 
 
@@ -35,11 +39,20 @@ def adamw(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Adam:
     paper="arXiv:2403.03507",
     reference="jiaweizzhao/GaLore",
     status="transcript",
-    deviates="weight decay acts before the step, not after it; signs of singular vectors are pinned",
+    deviates="the basis comes from one orthogonal iteration a refresh, warm-started; solver='exact' is the "
+    "program's SVD, with pinned signs; weight decay acts before the step, not after it",
 )
-def galore(*, rank: int | float = 128, every: int = 200, scale: float = 0.25, rule: Rule = RAW_ADAM) -> Projected:
+def galore(
+    *,
+    rank: int | float = 128,
+    every: int = 200,
+    scale: float = 0.25,
+    rule: Rule = RAW_ADAM,
+    solver: Solver = "power",
+    refresh: Timing = Every,
+) -> Projected:
     """Adam inside the gradient's top singular subspace, refreshed now and then; moments are kept as they are."""
-    return Projected(Span(rank), Every(every, keep), rule, Drop(), scale=scale)
+    return Projected(Span(rank, solver), refresh(every, keep), rule, Drop(), scale=scale)
 
 
 @method(
@@ -48,7 +61,7 @@ def galore(*, rank: int | float = 128, every: int = 200, scale: float = 0.25, ru
     reference="xichen-fy/Fira",
     status="transcript",
     deviates="the residual is the paper's exact complement, the authors' program has leak = 1 - scale; "
-    "weight decay acts before the step, not after it; signs of singular vectors are pinned",
+    "the basis and weight decay are as in galore",
 )
 def fira(
     *,
@@ -58,9 +71,11 @@ def fira(
     rule: Rule = RAW_ADAM,
     limit: float | None = 1.01,
     leak: float = 0.0,
+    solver: Solver = "power",
+    refresh: Timing = Every,
 ) -> Projected:
     """GaLore, and what its subspace misses, scaled column by column as Adam scaled the inside."""
-    return Projected(Span(rank), Every(every, keep), rule, NormScale(limit, leak), scale=scale)
+    return Projected(Span(rank, solver), refresh(every, keep), rule, NormScale(limit, leak), scale=scale)
 
 
 @method(
@@ -78,6 +93,7 @@ def frugal(
     subspace: Callable[[int | float], Subspace] = Rows,
     rule: Rule = Adam(),
     residual: Residual = Sign(),
+    refresh: Timing = Every,
 ) -> Projected:
     """Adam on a changing part of each gradient, signs on the rest; moments begin anew at a refresh."""
-    return Projected(subspace(rank), Every(every, reset), rule, residual)
+    return Projected(subspace(rank), refresh(every, reset), rule, residual)

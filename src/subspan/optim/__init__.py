@@ -1,5 +1,7 @@
 """How a gradient becomes a step: rules, the subspaces they work in, and the one optimizer."""
 
+from subspan.optim.direction import Direction as Direction
+from subspan.optim.direction import dense as dense
 from subspan.optim.optimizer import Optim as Optim
 from subspan.optim.optimizer import Where as Where
 from subspan.optim.optimizer import hidden_matrices as hidden_matrices
@@ -11,6 +13,7 @@ from subspan.optim.refresh import Keep as Keep
 from subspan.optim.refresh import Refresh as Refresh
 from subspan.optim.refresh import Reset as Reset
 from subspan.optim.refresh import Rotate as Rotate
+from subspan.optim.refresh import Staggered as Staggered
 from subspan.optim.refresh import keep as keep
 from subspan.optim.refresh import reset as reset
 from subspan.optim.refresh import rotate as rotate
@@ -30,5 +33,6 @@ from subspan.optim.state import State as State
 from subspan.optim.stored import Stored as Stored
 from subspan.optim.stored import stored as stored
 from subspan.optim.subspace import Rows as Rows
+from subspan.optim.subspace import Solver as Solver
 from subspan.optim.subspace import Span as Span
 from subspan.optim.subspace import Subspace as Subspace

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from subspan.linalg import wide
+from subspan.optim.direction import Direction
+from subspan.optim.projected import Projected
 from subspan.optim.rule import Rule
 from subspan.optim.rules import Adam
-from subspan.optim.state import State, counter
+from subspan.optim.saved import by_name, compare, placed_near
+from subspan.optim.state import State, counter, mixed, storage_bytes
+from subspan.optim.write import Rounding, move, require_rounding
 from subspan.select import pick
 
 Where = str | Callable[[str, Tensor], bool]
@@ -30,6 +35,16 @@ def hidden_matrices(name: str, p: Tensor) -> bool:
     return p.ndim == 2 and not any(fnmatchcase(part, table) for part in name.split(".") for table in TABLES)
 
 
+class Ready(NamedTuple):
+    """A parameter at the start of its step t: its name, itself, its gradient in full precision, its state."""
+
+    name: str
+    p: Tensor
+    g: Tensor
+    s: State
+    t: int
+
+
 class Optim(torch.optim.Optimizer):
     """Steps named parameters: `rule` those that `where` selects, `other` the rest.
 
@@ -40,6 +55,9 @@ class Optim(torch.optim.Optimizer):
     parameter's name, so they do not depend on order or device. State is flat tensors, so a saved `state_dict()`
     loads with weights_only=True; it belongs to names, not to positions. Raises TypeError for parameters without
     names and ValueError for duplicates, a pattern that matches nothing, or a negative lr or weight_decay.
+
+    `maximize` climbs. `rounding="stochastic"` rounds bfloat16 weights up or down with the odds of the distance,
+    so that steps smaller than their spacing still count on average.
 
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = Optim(model.named_parameters(), Adam(), lr=1e-3)
@@ -57,21 +75,28 @@ class Optim(torch.optim.Optimizer):
         other: Rule = Adam(),
         where: Where = hidden_matrices,
         seed: int = 0,
+        maximize: bool = False,
+        rounding: Rounding = "nearest",
+        unmoved: Literal["refuse", "allow"] = "refuse",
     ) -> None:
         if not float(lr) >= 0 or not weight_decay >= 0:
             raise ValueError(f"Optim: lr={lr!r} and weight_decay={weight_decay!r} must not be negative")
         named = checked(named_params)
+        require_rounding(rounding, named)
+        if unmoved not in ("refuse", "allow"):
+            raise ValueError(f"Optim: unmoved={unmoved!r}; use 'refuse' or 'allow'")
         chosen = selected(named, where)
         self.rules = {"rule": rule, "other": other}
-        self.seed = seed
+        self.seed, self.rounding, self.watch = seed, rounding, unmoved == "refuse"
         members = {
             role: [(n, p) for n, p in named.items() if (n in chosen) == (role == "rule")] for role in self.rules
         }
         groups: list[dict[str, Any]] = [{"params": m, "role": role} for role, m in members.items() if m]
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rules": self.rules, "seed": self.seed}
+        own = {key: self.__dict__[key] for key in ("rules", "seed", "rounding", "watch")}
+        return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add {"params": [(name, p), ...], "role": "rule" or "other"}; raises ValueError for any other role."""
@@ -87,43 +112,91 @@ class Optim(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Step every parameter that has a gradient; a closure is called first and its value returned."""
+        """Step every parameter that has a gradient; a closure is called first and its value returned.
+
+        The first step with lr > 0 raises RuntimeError for parameters that have no gradient, or that did not
+        move though theirs is not zero, unless unmoved="allow"; those that could move have then moved.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for name, p, group in self._members():
-            if p.grad is not None:
-                self._advance(name, p, p.grad, group)
+        watch = self.watch and any(float(group["lr"]) > 0 for group in self.param_groups)
+        self.watch = self.watch and not watch
+        stuck = [fault for group in self.param_groups for fault in self._step_group(group, watch)]
+        if stuck:
+            raise RuntimeError(
+                f"after the first step these have not moved: {'; '.join(stuck)}. Leave them out of named_params, "
+                "or pass unmoved='allow'"
+            )
         return loss
+
+    def _step_group(self, group: dict[str, Any], watch: bool) -> list[str]:
+        """Step the members that have a gradient; when watched, one by one, returning those that stand still."""
+        rule, stuck = self.rules[group["role"]], []
+        batch: list[Ready] = []
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            if p.grad is None:
+                stuck += [f"{name} has no gradient"] if watch else []
+                continue
+            before = p.clone() if watch else None
+            ready = self._ready(name, p, p.grad, rule)
+            if isinstance(rule, Adam) and rule.fits(p, ready.g, ready.s):
+                batch.append(ready)
+            else:
+                self._advance(ready, rule, group)
+            if before is not None:
+                self._fused(batch, rule, group)
+                batch.clear()
+                if torch.equal(before, p) and float(group["lr"]) > 0 and bool(p.grad.any()):
+                    stuck.append(f"{name} is {p.dtype}, too coarse for steps at lr {float(group['lr']):g}")
+        self._fused(batch, rule, group)
+        return stuck
 
     def _members(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         for group in self.param_groups:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 yield name, p, group
 
-    def _advance(self, name: str, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _ready(self, name: str, p: Tensor, grad: Tensor, rule: Rule) -> Ready:
+        """What a step needs, the state made if it is the first."""
         if grad.is_sparse:
             raise ValueError(f"{name}: sparse gradients are not supported; build the embedding with sparse=False")
-        rule, g, s = self.rules[group["role"]], wide(grad), self.state[p]
-        try:
-            if "step" not in s:
+        g, s = wide(grad), self.state[p]
+        if "step" not in s:
+            with named_errors(name):
                 s |= {"step": counter(), **self._blank(name, g, rule)}
-            t = int(s["step"]) + 1
+        return Ready(name, p, g, s, int(s["step"]) + 1)
+
+    def _fused(self, batch: list[Ready], rule: Rule, group: dict[str, Any]) -> None:
+        if not batch or not isinstance(rule, Adam):
+            return
+        lr = -float(group["lr"]) if group["maximize"] else float(group["lr"])
+        columns = [b.p for b in batch], [b.g for b in batch], [b.s for b in batch], [b.t for b in batch]
+        rule.fused(*columns, lr=lr, decay=group["weight_decay"])
+        for b in batch:
+            b.s["step"] += 1
+
+    def _advance(self, ready: Ready, rule: Rule, group: dict[str, Any]) -> None:
+        name, p, g, s, t = ready
+        with named_errors(name):
             d = rule.update(g, s, p, t)
-            s["step"] += 1  # only now: a refused gradient must not use up the step at which a frame is due
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        lr, decay = group["lr"], group["weight_decay"]
-        if decay:
-            p.mul_(1 - lr * decay)
-        if isinstance(lr, Tensor):
-            p.add_(d * lr, alpha=-rule.gain(s, t))
-        else:
-            p.add_(d, alpha=-lr * rule.gain(s, t))
+        self._write(ready, rule, d, group)
+
+    def _write(self, ready: Ready, rule: Rule, d: Direction, group: dict[str, Any]) -> None:
+        """Decay and move the weight; only now count the step: a refused gradient must not use one up."""
+        name, p, _, s, t = ready
+        s["step"] += 1
+        lr = float(group["lr"])
+        keep = 1 - lr * group["weight_decay"]
+        alpha = (lr if group["maximize"] else -lr) * rule.gain(s, t)
+        move(p, d, alpha, keep, self.rounding, seed=mixed(self._seed(name), t))
 
     def _blank(self, name: str, g: Tensor, rule: Rule) -> State:
-        return rule.init(g, zlib.crc32(name.encode()) ^ self.seed)
+        return rule.init(g, self._seed(name))
+
+    def _seed(self, name: str) -> int:
+        return zlib.crc32(name.encode()) ^ self.seed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -160,17 +233,27 @@ class Optim(torch.optim.Optimizer):
             )
 
     def report(self) -> list[dict[str, Any]]:
-        """One row a parameter: name, shape, role, the rule that steps it, and the bytes of its state so far."""
-        return [
-            {
-                "name": name,
-                "shape": tuple(p.shape),
-                "role": group["role"],
-                "rule": repr(self.rules[group["role"]]),
-                "bytes": storage_bytes(self.state[p].values() if p in self.state else ()),
-            }
-            for name, p, group in self._members()
-        ]
+        """One row a parameter: name, shape, role, its rule, bytes of state and steps so far.
+
+        For a rule in a subspace also its side and rank, the frames fitted so far (`refreshes`), and `drift`: the
+        share, 0 to 1, of its directions that the last refresh gave up. None where there is nothing to say.
+        """
+        return [self._row(name, p, group) for name, p, group in self._members()]
+
+    def _row(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        rule, s = self.rules[group["role"]], self.state.get(p, {})
+        blank = dict.fromkeys(("side", "rank", "refreshes", "drift"))
+        facts = rule.facts(p, s) if s and isinstance(rule, Projected) else {}
+        return {
+            "name": name,
+            "shape": tuple(p.shape),
+            "role": group["role"],
+            "rule": repr(rule),
+            "bytes": storage_bytes(s.values()),
+            "steps": int(s["step"]) if s else 0,
+            **blank,
+            **facts,
+        }
 
     def state_bytes(self) -> int:
         """The memory that all state holds, each storage counted once and whole."""
@@ -205,35 +288,10 @@ def selected(named: dict[str, Tensor], where: Where) -> set[str]:
     return found
 
 
-def by_name(state_dict: dict[str, Any]) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
-    """From a saved state: each parameter's number, and the group it was in."""
-    groups = state_dict["param_groups"]
-    if not all("param_names" in group and "role" in group for group in groups):
-        raise ValueError("this state holds no parameter names, so it was not saved by Optim; start without it")
-    rows = [
-        (name, i, group) for group in groups for name, i in zip(group["param_names"], group["params"], strict=True)
-    ]
-    return {name: i for name, i, _ in rows}, {name: group for name, _, group in rows}
-
-
-def compare(have: dict[str, str], saved: dict[str, str]) -> None:
-    """Raise ValueError unless both hold the same names in the same roles."""
-    faults = {
-        "missing": [name for name in have if name not in saved],
-        "unexpected": [name for name in saved if name not in have],
-        "in another role": [name for name in have if saved.get(name, have[name]) != have[name]],
-    }
-    found = "; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names)
-    if found:
-        raise ValueError(f"the saved state is of other parameters ({found}); build Optim as when it was saved")
-
-
-def placed_near(p: Tensor, x: Tensor) -> Tensor:
-    """A copy of x on p's device, in x's own precision; counters stay on the CPU."""
-    counts = x.ndim == 0 and x.dtype == torch.int64
-    return x.detach().to("cpu" if counts else p.device, copy=True)
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors."""
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+@contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """A ValueError from inside says first which parameter it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

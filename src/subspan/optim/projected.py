@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from subspan.optim.refresh import Refresh
-from subspan.optim.residual import Drop, Residual
+from subspan.optim.direction import Direction, dense
+from subspan.optim.refresh import Move, Refresh
+from subspan.optim.residual import Drop, Residual, scaled
 from subspan.optim.rule import Rule
 from subspan.optim.state import Scope, State, counter, placed
 from subspan.optim.subspace import Subspace
@@ -40,41 +42,99 @@ class Projected:
     def __post_init__(self) -> None:
         if self.side not in ("short", "long", "left", "right"):
             raise ValueError(f"Projected: side={self.side!r}; use 'short', 'long', 'left' or 'right'")
+        if self.residual.orthonormal and not self.subspace.orthonormal:
+            raise ValueError(
+                f"Projected: {self.residual!r} needs an orthonormal frame, not {self.subspace!r}; use Span"
+            )
 
     def init(self, g: Tensor, seed: int) -> State:
-        """`frame.*`, `rule.*` and `residual.*`, and `clock`: the steps done before the rule last began."""
+        """`frame.*`, `refresh.*`, `rule.*` and `residual.*`, and what `facts` tells.
+
+        `clock` counts the steps done before the rule last began, `fits` the frames fitted so far, and `drift` is
+        the share of the last frame that the newest one gave up.
+        """
         if g.ndim < 2:
             raise ValueError(f"a subspace needs a matrix, not shape {tuple(g.shape)}; leave it to `other`")
         g = g.mT if self.flips(g) else g
         frame = self.subspace.init(g, seed)
         inner = self.rule.init(self.subspace.down(g, frame), seed)
         parts = {"frame": frame, "rule": inner, "residual": self.residual.init(g, seed)}
-        return {"clock": counter()} | {k: v for role, s in parts.items() for k, v in placed(role, s).items()}
+        parts["refresh"] = self.refresh.init(seed)
+        own = {"clock": counter(), "fits": counter(), "drift": g.new_zeros(())}
+        return own | {k: v for role, s in parts.items() for k, v in placed(role, s).items()}
 
-    def update(self, g: Tensor, s: State, w: Tensor, t: int) -> Tensor:
+    def update(self, g: Tensor, s: State, w: Tensor, t: int) -> Direction:
         """The step, in g's own orientation."""
         flips = self.flips(g)
         if flips:
             g, w = g.mT, w.mT
-        old, inner, kept = Scope(s, "frame"), Scope(s, "rule"), Scope(s, "residual")
+        frame, kept = Scope(s, "frame"), Scope(s, "residual")
         g = self.residual.enter(g, kept)
-        due = self.refresh.due(g, old, t)
-        frame = self.subspace.fit(g, old, due)
+        r = self._look(g, s, t)
+        d = dense(self.rule.update(r, Scope(s, "rule"), w, t - int(s["clock"])))
         up = partial(self.subspace.up, s=frame)
-        r = self.subspace.down(g, frame)
-        move = partial(self.subspace.move, old=old, new=frame)
-        if due and self.refresh.carry(self.rule, inner, fresh=lambda: self.rule.init(r, seed=t), move=move):
-            s["clock"] = counter(t - 1)
-        old.update(frame)
-        d = self.rule.update(r, inner, w, t - int(s["clock"]))
-        u = self.residual.leave(up(d * self.scale), g, r, d, up, kept)
-        return u.mT if flips else u
+        step = self.residual.leave(d, r, g, kept, up=up, scale=self.scale)
+        return step.mT if flips else step
+
+    def squeeze(self, g: Tensor, s: State, t: int) -> Tensor | None:
+        """All that `update` needs of g at step t, linear in g; None when it needs g itself.
+
+        That is so when the frame is to be fitted, and always for a residual that looks outside the frame.
+        """
+        if self.residual.raw or self.refresh.due(Scope(s, "refresh"), t):
+            return None
+        return self.subspace.down(g.mT if self.flips(g) else g, Scope(s, "frame"))
+
+    def answer(self, r: Tensor, s: State, w: Tensor, t: int) -> Direction:
+        """The step from what `squeeze` returned, or from sums and means of it; w has the weight's orientation."""
+        flips = self.flips(w)
+        d = dense(self.rule.update(r, Scope(s, "rule"), w.mT if flips else w, t - int(s["clock"])))
+        step = self.subspace.up(scaled(d, self.scale), Scope(s, "frame"))
+        return step.mT if flips else step
 
     def gain(self, s: State, t: int) -> float:
         """The inner rule's, at its own clock."""
         return self.rule.gain(Scope(s, "rule"), t - int(s["clock"]))
 
+    def facts(self, w: Tensor, s: State) -> dict[str, Any]:
+        """What a report says of a parameter: side, rank, frames fitted, and the last one's drift in 0 .. 1."""
+        x = w.mT if self.flips(w) else w
+        rank = self.subspace.down(x.new_empty(x.shape, device="meta"), on_meta(Scope(s, "frame"))).shape[-2]
+        return {
+            "side": "right" if self.flips(w) else "left",
+            "rank": rank,
+            "refreshes": int(s["fits"]),
+            "drift": float(s["drift"]),
+        }
+
     def flips(self, g: Tensor) -> bool:
         """Whether the columns of g (..., m, n) are compressed, so that the work is done on its transpose."""
         m, n = g.shape[-2:]
         return self.side == "right" or (self.side == "short" and m >= n) or (self.side == "long" and m < n)
+
+    def _look(self, g: Tensor, s: State, t: int) -> Tensor:
+        """Coordinates of g, in a new frame when one is due."""
+        old, inner = Scope(s, "frame"), Scope(s, "rule")
+        due = self.refresh.due(Scope(s, "refresh"), t)
+        frame = self.subspace.fit(g, old, due)
+        r = self.subspace.down(g, frame)
+        if due:
+            move = partial(self.subspace.move, old=old, new=frame)
+            if int(s["fits"]):
+                s["drift"] = self._drift(r, move)
+            if self.refresh.carry(self.rule, inner, fresh=lambda: self.rule.init(r, seed=t), move=move):
+                s["clock"] = counter(t - 1)
+            s["fits"] = s["fits"] + 1
+        old.update(frame)
+        return r
+
+    def _drift(self, r: Tensor, move: Move) -> Tensor:
+        """1 - |C|^2 / rank, where C turns the old frame's coordinates into the new one's."""
+        eye = torch.eye(r.shape[-2], dtype=r.dtype, device=r.device)
+        turn = move(eye.expand(*r.shape[:-2], *eye.shape), degree=1)
+        return 1 - turn.square().sum((-2, -1)).mean() / r.shape[-2]
+
+
+def on_meta(s: Mapping[str, Tensor]) -> State:
+    """The same state without its values."""
+    return {key: x.to("meta") for key, x in s.items()}

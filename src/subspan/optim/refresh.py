@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from subspan.optim.rule import Rule
-from subspan.optim.state import State
+from subspan.optim.state import State, counter
 
 
 class Move(Protocol):
@@ -73,16 +73,18 @@ class Refresh(Protocol):
     def carry(self) -> Carry:
         """What moments do then."""
 
-    def due(self, g: Tensor, s: State, t: int) -> bool:
-        """Whether the frame s is to be fitted to g at step t = 1, 2, ..."""
+    def init(self, seed: int) -> State:
+        """What it remembers; every parameter has a seed of its own."""
+
+    def due(self, s: State, t: int) -> bool:
+        """Whether the frame is to be fitted to the gradient of step t = 1, 2, ..."""
 
 
 @dataclass(frozen=True, slots=True)
 class Every:
     """At steps 1, 1 + every, 1 + 2 every, ...
 
-    >>> import torch
-    >>> [t for t in range(1, 9) if Every(3).due(torch.zeros(1), {}, t)]
+    >>> [t for t in range(1, 9) if Every(3).due({}, t)]
     [1, 4, 7]
     """
 
@@ -90,9 +92,44 @@ class Every:
     carry: Carry = keep
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"Every: every={self.every!r} is less than 1; a huge number means never again")
+        require_interval("Every", self.every)
 
-    def due(self, g: Tensor, s: State, t: int) -> bool:
+    def init(self, seed: int) -> State:
+        """Nothing."""
+        return {}
+
+    def due(self, s: State, t: int) -> bool:
         """(t - 1) divisible by every."""
         return (t - 1) % self.every == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Staggered:
+    """At step 1, and then once an interval, each parameter at a phase of its own.
+
+    No step has to fit all frames at once; the phase follows from the parameter's name and the seed.
+
+    >>> [t for t in range(1, 9) if Staggered(3).due({"phase": counter(1)}, t)]
+    [1, 2, 5, 8]
+    """
+
+    every: int
+    carry: Carry = keep
+
+    def __post_init__(self) -> None:
+        require_interval("Staggered", self.every)
+
+    def init(self, seed: int) -> State:
+        """`phase`, in 0 .. every - 1."""
+        # Seeds of similar names are close; the golden ratio spreads them.
+        return {"phase": counter((seed * 0x9E3779B1 & 0xFFFFFFFF) * self.every >> 32)}
+
+    def due(self, s: State, t: int) -> bool:
+        """t = 1, or t - 1 = phase modulo every."""
+        return t == 1 or (t - 1) % self.every == int(s["phase"])
+
+
+def require_interval(where: str, every: int) -> None:
+    """Raise ValueError unless every >= 1."""
+    if every < 1:
+        raise ValueError(f"{where}: every={every!r} is less than 1; a huge number means never again")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from subspan.optim.direction import Both, Direction, Lift, Times
 from subspan.optim.state import State
-
-Up = Callable[[Tensor], Tensor]
 
 
 class Residual(Protocol):
     """A frozen dataclass of settings, called before and after the rule that works in the subspace."""
+
+    @property
+    def raw(self) -> bool:
+        """Whether it looks at more of the gradient than its coordinates."""
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether it is only right for frames with down(up(x)) = x."""
 
     def init(self, g: Tensor, seed: int) -> State:
         """The state for gradients like g."""
@@ -24,11 +30,11 @@ class Residual(Protocol):
     def enter(self, g: Tensor, s: State) -> Tensor:
         """The gradient to project: g, or g and what was kept of earlier ones. Never overwrites g."""
 
-    def leave(self, u: Tensor, g: Tensor, r: Tensor, d: Tensor, up: Up, s: State) -> Tensor:
-        """The full direction, from the one inside the subspace.
+    def leave(self, d: Tensor, r: Tensor, g: Tensor, s: State, *, up: Lift, scale: float) -> Direction:
+        """The full direction (..., m, n), from the one inside the subspace.
 
-        u (..., m, n) is scale * up(d) and may be overwritten; g is what `enter` returned, r (..., rank, n) its
-        coordinates and d the rule's answer to them.
+        d (..., rank, n) is the rule's answer to the coordinates r of g, which `enter` returned; all three are
+        only read. Without a residual it is scale * up(d).
         """
 
 
@@ -36,6 +42,9 @@ class Residual(Protocol):
 class Drop:
     """What the subspace misses is lost."""
 
+    raw: ClassVar[bool] = False
+    orthonormal: ClassVar[bool] = False
+
     def init(self, g: Tensor, seed: int) -> State:
         """No state."""
         return {}
@@ -44,19 +53,21 @@ class Drop:
         """g."""
         return g
 
-    def leave(self, u: Tensor, g: Tensor, r: Tensor, d: Tensor, up: Up, s: State) -> Tensor:
-        """u."""
-        return u
+    def leave(self, d: Tensor, r: Tensor, g: Tensor, s: State, *, up: Lift, scale: float) -> Direction:
+        """scale * up(d)."""
+        return up(scaled(d, scale))
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
     """The sign of what the subspace misses, a step without state (Zmushko et al., 2024, arXiv:2411.07837).
 
-    u + scale * sign(g - up(r))
+    scale * up(d) + weight * sign(g - up(r))
     """
 
-    scale: float = 1.0
+    weight: float = 1.0
+    raw: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = False
 
     def init(self, g: Tensor, seed: int) -> State:
         """No state."""
@@ -66,9 +77,11 @@ class Sign:
         """g."""
         return g
 
-    def leave(self, u: Tensor, g: Tensor, r: Tensor, d: Tensor, up: Up, s: State) -> Tensor:
-        """u and the scaled sign."""
-        return u.add_(up(r).sub_(g).sign_(), alpha=-self.scale)
+    def leave(self, d: Tensor, r: Tensor, g: Tensor, s: State, *, up: Lift, scale: float) -> Direction:
+        """The sign, formed, and the rest added to it."""
+        out = up(r).dense().sub_(g).sign_().mul_(-self.weight)
+        up(d).add_to(out, scale)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +91,15 @@ class NormScale:
         x = (g - (1 - leak) up(r)) * |d_j| / |r_j|,   x <- x / f,   f = max(|x| / |x_before|, limit) / limit
 
     The norm of x grows by at most the factor `limit` a step (None: freely) and may fall at once. The authors'
-    program has leak = 1 - scale, since its up already holds the scale.
+    program has leak = 1 - scale, since its up already holds the scale. x is never formed: up(r) is linear and
+    the scaling acts on columns, so the step is up(scale d - (1 - leak) ratio r) + ratio g, and its norm follows
+    from |g_j| and |r_j|, as g - up(r) and up(r) are orthogonal.
     """
 
     limit: float | None = 1.01
     leak: float = 0.0
+    raw: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -96,16 +113,16 @@ class NormScale:
         """g."""
         return g
 
-    def leave(self, u: Tensor, g: Tensor, r: Tensor, d: Tensor, up: Up, s: State) -> Tensor:
-        """u + x."""
-        ratio = vector_norm(d, dim=-2, keepdim=True) / (vector_norm(r, dim=-2, keepdim=True) + 1e-8)
-        x = up(r).mul_(self.leak - 1).add_(g).mul_(ratio)
+    def leave(self, d: Tensor, r: Tensor, g: Tensor, s: State, *, up: Lift, scale: float) -> Direction:
+        """scale * up(d) + x."""
+        inside = vector_norm(r, dim=-2, keepdim=True)
+        ratio = vector_norm(d, dim=-2, keepdim=True) / (inside + 1e-8)
         if self.limit is not None:
-            norm = vector_norm(x, dim=(-2, -1))
-            f = (norm / (s["norm"] + 1e-8)).clamp_min(self.limit) / self.limit
-            s["norm"] = norm / f
-            x.div_(f[..., None, None])
-        return x.add_(u)
+            outside = columns_norm(g).square() - (1 - self.leak**2) * inside.square()
+            norm = vector_norm(ratio * outside.clamp_min(0).sqrt(), dim=(-2, -1))
+            ratio = ratio / limited(norm, s, self.limit)[..., None, None]
+        rest = scaled(d, scale).addcmul(r, ratio, value=self.leak - 1)
+        return Both(up(rest), Times(g, ratio))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +133,8 @@ class ErrorFeedback:
     """
 
     kept: float = 0.0
+    raw: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = False
 
     def init(self, g: Tensor, seed: int) -> State:
         """`error` like g."""
@@ -126,7 +145,27 @@ class ErrorFeedback:
         s["error"] = s["error"].add_(g)
         return s["error"]
 
-    def leave(self, u: Tensor, g: Tensor, r: Tensor, d: Tensor, up: Up, s: State) -> Tensor:
-        """u; keeps the error."""
-        s["error"] = s["error"].sub_(up(r), alpha=1 - self.kept)
-        return u
+    def leave(self, d: Tensor, r: Tensor, g: Tensor, s: State, *, up: Lift, scale: float) -> Direction:
+        """scale * up(d); keeps the error."""
+        error = s["error"]
+        up(r).add_to(error, self.kept - 1)
+        s["error"] = error
+        return up(scaled(d, scale))
+
+
+def scaled(d: Tensor, scale: float) -> Tensor:
+    """scale * d, or d itself for 1."""
+    return d if scale == 1 else d * scale
+
+
+def columns_norm(g: Tensor) -> Tensor:
+    """Norms (..., 1, n) of the columns of g (..., m, n)."""
+    norms: Tensor = vector_norm(g, dim=-2, keepdim=True)
+    return norms
+
+
+def limited(norm: Tensor, s: State, limit: float) -> Tensor:
+    """The factor f >= 1 that divides a step of this norm; `s["norm"]` becomes what is left (Chen et al., 2024)."""
+    f = (norm / (s["norm"] + 1e-8)).clamp_min(limit) / limit
+    s["norm"] = norm / f
+    return f

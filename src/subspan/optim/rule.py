@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from subspan.optim.direction import Direction
 from subspan.optim.state import State
 
 
@@ -15,7 +16,7 @@ class Rule(Protocol):
 
     A rule may overwrite tensors of its state, must write every changed one back (`s["mu"] = mu`: an encoded
     state keeps only what is written), and never overwrites g. What `update` returns may be g or part of the
-    state, so the caller only reads it.
+    state, so the caller only reads it. Rules are odd: the gradient -g gives the opposite step.
     """
 
     @property
@@ -25,7 +26,7 @@ class Rule(Protocol):
     def init(self, g: Tensor, seed: int) -> State:
         """The state before the first step, for gradients like g; only shape, precision and device of g matter."""
 
-    def update(self, g: Tensor, s: State, w: Tensor, t: int) -> Tensor:
+    def update(self, g: Tensor, s: State, w: Tensor, t: int) -> Direction:
         """The direction to descend at step t = 1, 2, ..., before `gain`."""
 
     def gain(self, s: State, t: int) -> float:

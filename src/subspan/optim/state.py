@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -49,3 +49,18 @@ def placed(role: str, s: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def counter(value: int = 0) -> Tensor:
     """A whole number as state: 0-dimensional int64, always on the CPU so that reading it never waits."""
     return torch.tensor(value, dtype=torch.int64, device="cpu")
+
+
+def mixed(seed: int, draw: int) -> int:
+    """A 32-bit seed of its own for draw number 0, 1, ... under a seed."""
+    return (seed ^ (draw * 0x9E3779B1)) & 0xFFFFFFFF  # the golden ratio spreads small counts over 32 bits
+
+
+def by_columns(x: Tensor) -> bool:
+    """Whether x is the transpose of a contiguous tensor, as every gradient projected on its right side is."""
+    return not x.is_contiguous() and x.mT.is_contiguous()
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind tensors."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subspan.codec import Codec
+from subspan.optim.direction import Direction
 from subspan.optim.rule import Rule
 from subspan.optim.state import Scope, State, placed
 
@@ -77,7 +78,7 @@ class Stored:
             s |= placed(name, codec.encode(s.pop(name)))
         return s
 
-    def update(self, g: Tensor, s: State, w: Tensor, t: int) -> Tensor:
+    def update(self, g: Tensor, s: State, w: Tensor, t: int) -> Direction:
         """The rule's direction on the decoded state."""
         return self.rule.update(g, Decoded(s, dict(self.codecs), g.dtype), w, t)
 

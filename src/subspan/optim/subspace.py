@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from subspan import linalg
-from subspan.optim.state import State, counter
+from subspan.optim.direction import Low, Picked, Sparing, matmul_as
+from subspan.optim.state import State, by_columns, counter, mixed
+
+Solver = Literal["power", "exact", "gram", "random"]
 
 
 class Subspace(Protocol):
     """A frozen dataclass of settings; its state, the frame, is fitted to gradients and replaced as a whole."""
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether down(up(x)) = x, so that norms inside are norms outside."""
 
     def init(self, g: Tensor, seed: int) -> State:
         """A frame to be fitted before use; it has the shapes of every later one."""
@@ -24,8 +31,8 @@ class Subspace(Protocol):
     def down(self, g: Tensor, s: State) -> Tensor:
         """Coordinates (..., rank, n) of g (..., m, n)."""
 
-    def up(self, x: Tensor, s: State) -> Tensor:
-        """The fresh tensor (..., m, n) whose coordinates are x (..., rank, n)."""
+    def up(self, x: Tensor, s: State) -> Sparing:
+        """The matrix (..., m, n) whose coordinates are x (..., rank, n); it holds x, not a copy."""
 
     def move(self, x: Tensor, old: State, new: State, degree: int) -> Tensor:
         """Coordinates in the new frame of what had x in the old; degree 2 for squares of coordinates."""
@@ -33,37 +40,47 @@ class Subspace(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The span of the leading left singular vectors of the gradient, each with its largest entry positive.
-
-        q = u[:, :rank],   g = u diag(s) vh
+    """The span of the gradient's leading left singular vectors, g = u diag(s) vh.
 
     `rank` counts vectors (clamped to the shorter side) or, as a float in (0, 1], is their share of the m rows.
-    `solver`: "exact"; "gram" from the eigenvectors of the Gram matrix, several times faster; "random" by
-    randomized subspace iteration, faster still at small rank.
+    `solver`: "power", orthogonal iteration q <- orth(g g^T q), `sweeps` times from the last basis (two more
+    from a random one at the start), whose columns tend to the singular vectors in order and hardly turn while
+    the gradient does not: products only, and the only one that a sharded gradient needs no gathering for.
+    "exact" by LAPACK; "gram" from the eigenvectors of the Gram matrix; "random" by randomized subspace
+    iteration without memory. Those three pin signs: each column's largest entry is positive.
 
     >>> Span(2).down(torch.ones(4, 3), {"q": torch.eye(4)[:, :2]}).shape
     torch.Size([2, 3])
     """
 
     rank: int | float
-    solver: Literal["exact", "gram", "random"] = "exact"
+    solver: Solver = "power"
+    sweeps: int = 1
+    orthonormal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_rank("Span", self.rank)
-        if self.solver not in ("exact", "gram", "random"):
-            raise ValueError(f"Span: solver={self.solver!r}; use 'exact', 'gram' or 'random'")
+        if self.solver not in ("power", "exact", "gram", "random"):
+            raise ValueError(f"Span: solver={self.solver!r}; use 'power', 'exact', 'gram' or 'random'")
+        if self.sweeps < 1:
+            raise ValueError(f"Span: sweeps={self.sweeps!r} is less than 1; no sweep looks at no gradient")
 
     def init(self, g: Tensor, seed: int) -> State:
-        """`q` (..., m, rank), and what the random solver needs to go on after a resume."""
+        """`q` (..., m, rank), and what a random draw needs to go on after a resume."""
         m, n = g.shape[-2:]
         q = g.new_zeros(*g.shape[:-1], count(self.rank, m, min(m, n)))
-        return {"q": q} if self.solver != "random" else {"q": q, "seed": counter(seed), "draw": counter()}
+        draws = {} if self.solver in ("exact", "gram") else {"seed": counter(seed), "draw": counter()}
+        return {"q": q, **draws}
 
     def fit(self, g: Tensor, s: State, due: bool) -> State:
         """A new basis when due."""
         if not due:
             return dict(s)
         rank = s["q"].shape[-1]
+        if self.solver == "power":
+            linalg.require_finite(g)
+            drawn = {"seed": s["seed"], "draw": s["draw"] + 1}
+            return {"q": linalg.orthogonal_iteration(g, self._start(g, s), self._turns(s)), **drawn}
         if self.solver == "random":
             start = draw_normal(s, g.shape[-1], min(rank + 8, *g.shape[-2:])).to(g)
             u = linalg.svd_random(g, rank, start=start.expand(*g.shape[:-2], *start.shape)).u
@@ -75,14 +92,24 @@ class Span:
         """q^T g."""
         return matmul_as(s["q"].mT, g)
 
-    def up(self, x: Tensor, s: State) -> Tensor:
+    def up(self, x: Tensor, s: State) -> Low:
         """q x."""
-        return matmul_as(s["q"], x)
+        return Low(s["q"], x)
 
     def move(self, x: Tensor, old: State, new: State, degree: int) -> Tensor:
         """C x with C = new^T old, or (C * C) x: exact for squares of uncorrelated coordinates."""
         turn = new["q"].mT @ old["q"]
         return matmul_as(turn if degree == 1 else turn.square(), x)
+
+    def _start(self, g: Tensor, s: State) -> Tensor:
+        noise = draw_normal(s, *s["q"].shape[-2:]).to(g)
+        if not int(s["draw"]):
+            return noise.expand(*g.shape[:-2], *noise.shape)
+        # A direction that the last basis misses exactly would stay unseen for ever.
+        return s["q"].add(noise, alpha=(torch.finfo(g.dtype).eps / g.shape[-2]) ** 0.5)
+
+    def _turns(self, s: State) -> int:
+        return self.sweeps if int(s["draw"]) else self.sweeps + 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +121,7 @@ class Rows:
     """
 
     rank: int | float
+    orthonormal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_rank("Rows", self.rank)
@@ -118,17 +146,13 @@ class Rows:
             return g.mT.index_select(-1, s["index"]).mT
         return g.index_select(-2, s["index"])
 
-    def up(self, x: Tensor, s: State) -> Tensor:
+    def up(self, x: Tensor, s: State) -> Picked:
         """x in the chosen rows, zero elsewhere."""
-        height = int(s["height"])
-        if by_columns(x):
-            flat = x.new_zeros(*x.shape[:-2], x.shape[-1], height)
-            return flat.index_copy_(-1, s["index"], x.mT).mT
-        return x.new_zeros(*x.shape[:-2], height, x.shape[-1]).index_copy_(-2, s["index"], x)
+        return Picked(s["index"], x, int(s["height"]))
 
     def move(self, x: Tensor, old: State, new: State, degree: int) -> Tensor:
         """Rows chosen both times keep their values; the others become zero. Exact for both degrees."""
-        return self.down(self.up(x, old), new)
+        return self.down(self.up(x, old).dense(), new)
 
 
 def count(rank: int | float, m: int, most: int) -> int:
@@ -152,20 +176,9 @@ def owned(u: Tensor, rank: int) -> Tensor:
 
 def generator(s: State) -> torch.Generator:
     """The CPU generator of draw number `s["draw"]`: the same on every device and after a resume."""
-    mixed = int(s["seed"]) ^ (int(s["draw"]) * 0x9E3779B1)  # the golden ratio spreads small counts over 32 bits
-    return torch.Generator().manual_seed(mixed & 0xFFFFFFFF)
+    return torch.Generator().manual_seed(mixed(int(s["seed"]), int(s["draw"])))
 
 
 def draw_normal(s: State, *shape: int) -> Tensor:
     """Standard normal float32 numbers for the frame's present draw."""
     return torch.randn(*shape, generator=generator(s))
-
-
-def by_columns(x: Tensor) -> bool:
-    """Whether x is the transpose of a contiguous tensor, as every gradient projected on its right side is."""
-    return not x.is_contiguous() and x.mT.is_contiguous()
-
-
-def matmul_as(a: Tensor, x: Tensor) -> Tensor:
-    """a @ x with x's memory layout, so that adding the result to a transposed weight runs along its rows."""
-    return (x.mT @ a.mT).mT if by_columns(x) else a @ x
