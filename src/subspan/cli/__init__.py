@@ -17,7 +17,7 @@ VERBS = {
     "demo": "Train, compress, heal and compare small models; writes one html report.",
     "methods": "List the published methods this library is made of.",
     "inspect": "Show what a model's weights look like: spectra, effective ranks, what is low-rank.",
-    "plan": "Choose a rank for every layer, before anything is changed.",
+    "plan": "Choose ranks, or see what an optimizer will hold, before anything is changed.",
     "compress": "Replace layers by low-rank ones, by a plan or by a method, and save the model.",
     "train": "Train a small language model from scratch with any optimizer of the list.",
     "finetune": "Train an adapter, the low-rank parts, or all weights of a model on your text.",
