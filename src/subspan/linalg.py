@@ -6,10 +6,13 @@ factorization in bfloat16 is noise. Singular vectors have pinned signs, because 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from subspan.shards import is_cut_along, laid, locally, settled, whole
 
 
 class SVD(NamedTuple):
@@ -137,9 +140,9 @@ def svd_random(
 def qr(a: Tensor) -> Tensor:
     """Orthonormal columns spanning those of a (..., m, k); unique, as the triangular diagonal is >= 0."""
     a = wide(a)
-    q, tri = torch.linalg.qr(a)
-    unique: Tensor = q * torch.where(tri.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
-    return unique
+    q, tri = torch.linalg.qr(whole(a))
+    unique = q * torch.where(tri.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
+    return laid(unique, a)
 
 
 def orth(a: Tensor) -> Tensor:
@@ -151,16 +154,17 @@ def orth(a: Tensor) -> Tensor:
     >>> orth(torch.tensor([[3.0], [4.0]])).mT
     tensor([[0.6000, 0.8000]])
     """
-    x: Tensor = wide(a)
+    x: Tensor = settled(wide(a))
     if x.shape[-2] < x.shape[-1]:
         return qr(x)
-    x = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True)  # 0 / 0 is NaN, which the test below catches
+    a, x = x, x / torch.linalg.vector_norm(x, dim=-2, keepdim=True)  # 0 / 0 is NaN, which the test below catches
     for _ in range(2):
-        factor, info = torch.linalg.cholesky_ex(x.mT @ x)
+        factor, info = torch.linalg.cholesky_ex(whole(x.mT @ x))
         safe = factor.diagonal(dim1=-2, dim2=-1).amin() > torch.finfo(x.dtype).eps ** 0.25
         if bool(info.any()) or not bool(safe):
             return qr(a)
-        x = torch.linalg.solve_triangular(factor.mT, x, upper=True, left=False)
+        substitute = partial(torch.linalg.solve_triangular, factor.mT, upper=True, left=False)
+        x = locally(substitute, x)
     return x
 
 
@@ -172,36 +176,47 @@ def orthogonal_iteration(a: Tensor, start: Tensor, turns: int) -> Tensor:
     """
     q = start
     for _ in range(turns):
-        z = a.mT @ q
+        z = settled(a.mT @ q)
         # Only the columns' directions matter; without this the square of a small gradient underflows.
         norm = torch.linalg.vector_norm(z, dim=-2, keepdim=True)
         q = orth(a @ (z / norm.clamp_min(torch.finfo(z.dtype).tiny)))
     return q
 
 
-def polar(g: Tensor, steps: int = 5) -> Tensor:
+def polar(g: Tensor, steps: int = 5, eps: float = 0.0) -> Tensor:
     """A fast approximation of the nearest semi-orthogonal matrix by the quintic Newton-Schulz iteration.
 
-        x <- a x + (b x x^T + c (x x^T)^2) x
+        x = g / (|g| + eps),   x <- a x + (b x x^T + c (x x^T)^2) x
 
-    Singular values land near 1, about [0.7, 1.2], not on it; `polar_exact` is the limit. Scale invariant.
+    Singular values land near 1, about [0.7, 1.2], not on it; `polar_exact` is the limit. Scale invariant where
+    eps is 0 (a zero g then stays zero).
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # quintic with maximal slope at 0 (Jordan, 2024)
     if g.shape[-2] > g.shape[-1]:
-        return polar(g.mT, steps).mT
+        return polar(g.mT, steps, eps).mT
     x: Tensor = wide(g)
-    norm = torch.linalg.matrix_norm(x, keepdim=True)
+    if is_cut_along(x, -2):
+        return laid(polar(whole(x), steps, eps), x)
+    norm = torch.linalg.matrix_norm(x, keepdim=True) + eps
     x = x / torch.where(norm == 0, 1.0, norm)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = settled(x @ x.mT)
+        x = combined(x, a, combined(gram, b, gram, c, gram), 1.0, x)
     return x
+
+
+def combined(y: Tensor, beta: float, a: Tensor, alpha: float, b: Tensor) -> Tensor:
+    """beta y + alpha a @ b in one pass, for matrices or batches of them."""
+    if y.ndim == 2:
+        return torch.addmm(y, a, b, beta=beta, alpha=alpha)
+    batch = y.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3)
+    return torch.baddbmm(*batch, beta=beta, alpha=alpha).view(y.shape)
 
 
 def polar_exact(g: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix, u @ vh of the singular value decomposition."""
-    u, _, vh = svd(g)
-    return u @ vh
+    u, _, vh = svd(whole(g))
+    return laid(u @ vh, g)
 
 
 def whiten(h: Tensor, ridge: float = 0.0) -> Whitened:
@@ -297,7 +312,7 @@ def check_rank(rank: int, m: int, n: int, where: str = "matrix") -> None:
 
 def require_finite(a: Tensor, where: str = "matrix") -> None:
     """Raise ValueError naming the first NaN or Inf."""
-    finite = torch.isfinite(a)
-    if not bool(finite.all()):
-        at = tuple(torch.nonzero(~finite)[0].tolist())
+    if not bool(torch.isfinite(a).all()):
+        a = whole(a)
+        at = tuple(torch.nonzero(~torch.isfinite(a))[0].tolist())
         raise ValueError(f"{where} of shape {tuple(a.shape)} holds {a[at].item()} at {at}; repair or leave it out")

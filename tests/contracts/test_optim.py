@@ -17,18 +17,33 @@ from subspan.codec import Bf16, Factored
 from subspan.methods import methods
 from subspan.optim import (
     Adam,
+    Clip,
+    Cosine,
     Drop,
     ErrorFeedback,
     Every,
+    FixedDecay,
+    Gaussian,
+    LowRankAdam,
     Momentum,
+    Nesterov,
     NormScale,
     Optim,
+    Polar,
+    Power,
     Projected,
+    Recipe,
+    RisingDecay,
+    Rms,
     Rows,
+    Scaling,
     Sgd,
+    ShapeScale,
     Sign,
+    Sketch,
     Span,
     Staggered,
+    UnitRows,
     chain,
     dense,
     hidden_matrices,
@@ -58,6 +73,22 @@ RULES = {
     "rows-rotate": Projected(Rows(2), Every(2, rotate), Momentum(), Drop(), side="long"),
     "feedback": Projected(Span(2), Every(2), Sgd(), ErrorFeedback(0.5), side="left"),
     "nested": Projected(Rows(4), Every(3, reset), Projected(Span(2), Every(2), RAW, Drop(), side="right")),
+    "muon": chain(momentum=Nesterov(), polar=Polar(), shape=ShapeScale("adam")),
+    "polar-exact": chain(polar=Polar(solver="exact"), unit=UnitRows()),
+    "rms": Rms(FixedDecay(0.9)),
+    "adafactor": chain(rms=stored(Rms(), nu=Factored()), clip=Clip(0.5), mean=Nesterov(0.5)),
+    "dion": chain(
+        shape=ShapeScale("ratio"),
+        inside=Projected(Power(2), Every(1), UnitRows(), ErrorFeedback(0.95), side="left"),
+    ),
+    "power-rotate": Projected(Power(0.5), Every(2, rotate), Adam(), NormScale()),
+    "sketch": Projected(Sketch(3), Every(2), RAW, Scaling(), scale=0.5),
+    "sketch-rotate": Projected(Sketch(3), Every(2, rotate), Momentum()),
+    "gaussian": Projected(Gaussian(0.5), Every(2, rotate), Momentum(), Scaling("tensor", None, 2.0)),
+    "cosine": Projected(Cosine(3), Every(1, rotate), Adam(), ErrorFeedback()),
+    "cosine-long": Projected(Cosine(0.5, "l2"), Every(2), Adam(), NormScale(), side="long"),
+    "low-rank-adam": LowRankAdam(3),
+    "low-rank-dropped": LowRankAdam(0.5, error="dropped"),
     "stored-projected": stored(Projected(Span(2), Every(2), Adam()), **{"frame.q": Bf16(), "rule.nu": Factored()}),
 }
 SUBSPACES = {
@@ -66,9 +97,17 @@ SUBSPACES = {
     "span-full": Span(1.0, "exact"),
     "gram": Span(3, "gram"),
     "random": Span(3, "random"),
+    "power-step": Power(3),
+    "power-step-full": Power(1.0),
     "rows": Rows(3),
     "rows-full": Rows(1.0),
+    "cosine": Cosine(3),
+    "cosine-l2": Cosine(3, "l2"),
+    "cosine-full": Cosine(1.0),
+    "sketch": Sketch(3),
+    "gaussian": Gaussian(3),
 }
+ORTHONORMAL = {name: subspace for name, subspace in SUBSPACES.items() if subspace.orthonormal}
 
 
 def noise(*shape, seed=0):
@@ -140,22 +179,35 @@ def test_a_rule_writes_back_what_it_changes(rule):
 
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (2, 6, 6)], ids=str)
 @pytest.mark.parametrize("subspace", SUBSPACES.values(), ids=SUBSPACES)
-def test_a_subspace_is_orthonormal_coordinates(subspace, shape):
+def test_a_subspace_looks_and_lifts_by_one_matrix(subspace, shape):
+    """<down(g), x> = <g, up(x)>; a move goes up from the old frame and down to the new."""
     g, h = noise(*shape), noise(*shape, seed=1)
-    blank = subspace.init(g, 3)
-    old = subspace.fit(g, blank, True)
+    old = subspace.fit(g, subspace.init(g, 3), True)
     new = subspace.fit(h, old, True)
+    r = subspace.down(g, old)
+    assert r.shape == subspace.down(g, subspace.init(g, 3)).shape
+    x = noise(*r.shape, seed=2)
+    inside, outside = (r * x).sum((-2, -1)), (g * subspace.up(x, old).dense()).sum((-2, -1))
+    assert_close(inside, outside, rtol=0, atol=1e-12)
+    assert_close(subspace.move(x, old, new, 1), subspace.down(subspace.up(x, old).dense(), new))
+    eye = torch.eye(r.shape[-2], dtype=g.dtype).expand(*g.shape[:-2], r.shape[-2], r.shape[-2])
+    assert_close(subspace.move(x, old, new, 2), subspace.move(eye, old, new, 1).square() @ x)
+    assert subspace.fit(h, old, False) == dict(old)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (2, 6, 6)], ids=str)
+@pytest.mark.parametrize("subspace", ORTHONORMAL.values(), ids=ORTHONORMAL)
+def test_a_subspace_is_orthonormal_coordinates(subspace, shape):
+    g = noise(*shape)
+    old = subspace.fit(g, subspace.init(g, 3), True)
     r = subspace.down(g, old)
     assert_close(subspace.down(subspace.up(r, old).dense(), old), r)
     rank = r.shape[-2]
     eye = torch.eye(rank, dtype=g.dtype).expand(*g.shape[:-2], rank, rank)
     assert_close(subspace.down(subspace.up(eye, old).dense(), old), eye)
     assert_close(subspace.up(eye, old).dense().mT @ subspace.up(eye, old).dense(), eye)
-    assert_close((subspace.up(eye, old).dense().mT @ g), r)
-    assert subspace.fit(h, old, False) == dict(old)
     for degree in (1, 2):
         assert_close(subspace.move(r, old, old, degree), r)
-    assert_close(subspace.move(r, old, new, 1), subspace.down(subspace.up(r, old).dense(), new))
 
 
 @pytest.mark.parametrize("solver", ["exact", "gram", "random"])
@@ -233,7 +285,8 @@ def test_every_row_is_drawn_as_often_as_its_density_says():
 
 @pytest.mark.parametrize(
     "subspace, rank",
-    [(Span(99), 5), (Span(0.5), 2), (Span(0.01), 1), (Span(1), 1), (Span(1.0), 5), (Rows(1.0), 5), (Rows(9), 5)],
+    [(Span(99), 5), (Span(0.5), 2), (Span(0.01), 1), (Span(1), 1), (Span(1.0), 5), (Rows(1.0), 5), (Rows(9), 5)]
+    + [(Cosine(0.5), 2), (Cosine(9), 5), (Sketch(0.5), 2), (Sketch(9), 5), (Gaussian(0.5), 2), (Gaussian(9), 5)],
     ids=repr,
 )
 def test_rank_is_a_count_or_a_share_of_the_rows(subspace, rank):
@@ -242,7 +295,7 @@ def test_rank_is_a_count_or_a_share_of_the_rows(subspace, rank):
 
 
 @pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, -0.5])
-@pytest.mark.parametrize("part", [Span, Rows])
+@pytest.mark.parametrize("part", [Span, Rows, Power, Cosine, Sketch, Gaussian, LowRankAdam])
 def test_an_impossible_rank_is_refused(part, rank):
     with pytest.raises(ValueError, match="neither an int >= 1 nor a float in"):
         part(rank)
@@ -258,7 +311,25 @@ def test_an_impossible_rank_is_refused(part, rank):
         (lambda: Adam(b2=-0.1), "b2=-0.1 is outside"),
         (lambda: Adam(eps_on="both"), "neither 'corrected' nor 'raw'"),
         (lambda: Momentum(1.5), "mu=1.5 is outside"),
+        (lambda: Nesterov(1.0), "mu=1.0 is outside"),
+        (lambda: Polar(steps=-1), "must not be negative"),
+        (lambda: Polar(solver="svd"), "use 'products' or 'exact'"),
+        (lambda: Polar().init(torch.ones(3), 0), "Polar needs a matrix"),
+        (lambda: UnitRows(eps=0.0), "divided by zero"),
+        (lambda: ShapeScale("wide"), "use 'tall', 'ratio' or 'adam'"),
+        (lambda: ShapeScale().init(torch.ones(3), 0), "ShapeScale needs a matrix"),
+        (lambda: Rms(eps=0.0), "divided by zero"),
+        (lambda: FixedDecay(1.0), "b=1.0 is outside"),
+        (lambda: RisingDecay(0.0), "nothing is ever kept"),
+        (lambda: Clip(0.0), "allows no step"),
         (lambda: NormScale(limit=0.9), "use >= 1"),
+        (lambda: Scaling(limit=0.9), "use >= 1"),
+        (lambda: Scaling("row"), "use 'column' or 'tensor'"),
+        (lambda: Cosine(2, "max"), "use 'l1' or 'l2'"),
+        (lambda: LowRankAdam(2, rho=1.0), "rho=1.0 is outside"),
+        (lambda: LowRankAdam(2, error="lost"), "use 'kept' or 'dropped'"),
+        (lambda: LowRankAdam(2).init(torch.ones(3), 0), "needs a matrix"),
+        (lambda: Projected(Sketch(2), Every(1), Sgd(), NormScale()), "needs an orthonormal frame"),
         (lambda: chain(), "holds no rule"),
         (lambda: stored(Adam(), gamma=Bf16()), r"no state \['gamma'\]; it has: mu, nu"),
         (lambda: stored(Adam()), "none named"),
@@ -315,7 +386,8 @@ SMALL = {"rank": 3, "every": 4}
 def preset(name):
     build = methods("optimizer")[name].build
     takes = inspect.signature(build).parameters
-    return build(**{k: v for k, v in SMALL.items() if k in takes})
+    made = build(**{k: v for k, v in SMALL.items() if k in takes})
+    return made.rule if isinstance(made, Recipe) else made
 
 
 ALL = {f"preset-{name}": preset(name) for name in methods("optimizer")} | RULES

@@ -5,8 +5,22 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from subspan.codec import Bf16
 from subspan.methods import build
-from subspan.optim import Adam, Momentum, Optim, Projected, Rows, Staggered, chain
+from subspan.optim import (
+    Adam,
+    ErrorFeedback,
+    Every,
+    Momentum,
+    Optim,
+    Projected,
+    Rows,
+    Sgd,
+    Span,
+    Staggered,
+    chain,
+    stored,
+)
 from subspan.optim.meter import Peak
 
 
@@ -116,3 +130,41 @@ def test_a_plain_step_holds_at_most_two_matrices_beside_state(method):
     with Peak() as peak:
         opt.step()
     assert peak.most <= 2 * max(p.nbytes for p in named.values())
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [build("dion", "optimizer", rank=3), stored(build("galore", "optimizer", rank=3), **{"frame.q": Bf16()})],
+    ids=repr,
+)
+def test_a_report_looks_through_wrappers(rule):
+    p = nn.Parameter(noise(6, 4))
+    opt = Optim([("w", p)], rule, lr=0.1)
+    p.grad = noise(6, 4, seed=1)
+    opt.step()
+    (row,) = opt.report()
+    assert (row["rank"], row["refreshes"], row["drift"]) == (3, 1, 0.0)
+    assert row["side"] == ("left" if "Power" in repr(rule) else "right")
+
+
+def test_a_refused_gradient_leaves_the_fed_back_error_as_it_was():
+    p = nn.Parameter(noise(6, 4))
+    opt = Optim([("w", p)], Projected(Span(2), Every(1), Sgd(), ErrorFeedback()), lr=0.1)
+    p.grad = noise(6, 4, seed=1)
+    opt.step()
+    error = opt.state[p]["residual.error"].clone()
+    p.grad = torch.full_like(p, torch.nan)
+    with pytest.raises(ValueError, match=r"w: matrix .* holds nan"):
+        opt.step()
+    assert torch.equal(opt.state[p]["residual.error"], error)
+
+
+@pytest.mark.parametrize("method", ["apollo", "ldadam"])
+def test_a_report_says_no_more_than_there_is(method):
+    p = nn.Parameter(noise(6, 4))
+    opt = Optim([("w", p)], build(method, "optimizer", rank=3), lr=0.1)
+    for seed in (1, 2):
+        p.grad = noise(6, 4, seed=seed)
+        opt.step()
+    (row,) = opt.report()
+    assert (row["side"], row["rank"], row["drift"]) == ("right", 3, None)

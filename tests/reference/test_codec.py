@@ -12,14 +12,14 @@ from subspan.optim import Adam, Optim, stored
 
 HERE = Path(__file__).parent
 ENCODINGS = {
-    "blockwise8/signed": (Int8(), DYNAMIC8, 1),
-    "blockwise8/unsigned": (Int8(signed=False), UNSIGNED8, 2),
-    "lowbit4/exp_avg": (Int4(), DYNAMIC4, 1),
-    "lowbit4/exp_avg_sq": (Int4Rank1(), LINEAR4, 2),
+    "adam8bit/signed": (Int8(), DYNAMIC8, 1),
+    "adam8bit/unsigned": (Int8(signed=False), UNSIGNED8, 2),
+    "adam4bit/exp_avg": (Int4(), DYNAMIC4, 1),
+    "adam4bit/exp_avg_sq": (Int4Rank1(), LINEAR4, 2),
 }
 RULES = {
-    "blockwise8": stored(Adam(), mu=Int8(), nu=Int8(signed=False)),
-    "lowbit4": stored(Adam(), mu=Int4(), nu=Int4Rank1()),
+    "adam8bit": stored(Adam(), mu=Int8(), nu=Int8(signed=False)),
+    "adam4bit": stored(Adam(), mu=Int4(), nu=Int4Rank1()),
 }
 # the programs build their levels in float32, a rounding or two from the formula's
 ULPS = 2**-22

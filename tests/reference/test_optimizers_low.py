@@ -1,4 +1,4 @@
-"""Ten steps of APOLLO, DCT-AdamW and LDAdam equal those recorded from the authors' programs (README.md says how)."""
+"""Ten steps of APOLLO, DCT-AdamW and LDAdam equal those recorded from the authors' programs (see README.md)."""
 
 from dataclasses import dataclass
 from pathlib import Path

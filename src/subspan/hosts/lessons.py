@@ -20,16 +20,16 @@ from subspan.hosts.jobs import Json, fold, place
 from subspan.hosts.training import History, draw, train
 from subspan.hosts.transformers import LoadedModel
 from subspan.methods import build, find
-from subspan.optim import Adam, Optim, Rule
+from subspan.optim import Adam, Optim, Recipe, Rule
 from subspan.select import Select
 
 VALIDATION_WINDOWS = 32
 HELD_OUT = 0.1
 
 # From scratch, and from a trained model, where a tenth to a fiftieth is the custom.
-SCRATCH_LR = {"adamw": 3e-3, "galore": 1e-2, "fira": 1e-2, "frugal": 1e-3}
+SCRATCH_LR = {"adamw": 3e-3, "galore": 1e-2, "fira": 1e-2, "frugal": 1e-3, "mezo": 1e-4}
 FINETUNE_LR = {
-    "adamw": 5e-5, "galore": 2e-4, "fira": 2e-4, "frugal": 5e-5,
+    "adamw": 5e-5, "galore": 2e-4, "fira": 2e-4, "frugal": 5e-5, "mezo": 1e-6,
     "lora": 1e-3, "rslora": 1e-3, "dora": 1e-3, "pissa": 3e-4, "welore_peft": 3e-4,
 }  # fmt: skip
 
@@ -57,7 +57,7 @@ def default_lr(method: str, *, scratch: bool) -> float:
 
 def rule(
     method: str, *, steps: int, rank: int | float | None = None, every: int | None = None
-) -> tuple[Rule, Json]:
+) -> tuple[Rule | Recipe, Json]:
     """A registered optimizer and the arguments it was built with.
 
     A quarter of the full rank unless told, and ten refreshes or those every 200 steps, whichever are more.
@@ -74,7 +74,7 @@ class Learning:
     """What a method trains: the parameters by name, the rule that steps them, its arguments, and what to save."""
 
     named: Named
-    rule: Rule
+    rule: Rule | Recipe
     args: Json
     kind: str
 

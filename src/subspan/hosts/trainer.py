@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from subspan.methods import find
-from subspan.optim import Adam, Optim, Rule, Where, hidden_matrices
+from subspan.optim import Adam, Optim, Recipe, Rule, Where, hidden_matrices
 
 __all__ = ["optimizer_factory", "optimizer_for"]
 
@@ -75,7 +75,7 @@ def _factory() -> Callable[..., Optim]:
     return optimizer_for
 
 
-def _rule(method: str, args: TrainingArguments, options: dict[str, Any]) -> Rule:
+def _rule(method: str, args: TrainingArguments, options: dict[str, Any]) -> Rule | Recipe:
     """The method's value, its inner Adam set by `args` where `options` do not say otherwise."""
     preset = find(method, "optimizer").build
     accepted = inspect.signature(preset).parameters
@@ -86,7 +86,11 @@ def _rule(method: str, args: TrainingArguments, options: dict[str, Any]) -> Rule
     settings: dict[str, Any] = {key: value for key, value in adam.items() if key in accepted}
     if "rule" in accepted and isinstance(accepted["rule"].default, Adam):
         settings["rule"] = replace(accepted["rule"].default, **adam)
-    rule: Rule = preset(**settings | options)
+    rule: Rule | Recipe = preset(**settings | options)
+    if isinstance(rule, Recipe) and not rule.source.backward:
+        raise ValueError(
+            f"{method} steps by a closure, which Trainer does not pass; call opt.step(closure) in a loop"
+        )
     return rule
 
 

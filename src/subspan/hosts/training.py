@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from subspan.hosts.meter import Meter
 from subspan.hosts.score import nll
+from subspan.optim import Optim
 
 
 @dataclass
@@ -117,6 +118,8 @@ def train(
 def advance(model: nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer, clip: float | None) -> float:
     """One step on one batch; returns its loss, and takes no step when that is not finite."""
     ids = ids.to(next(model.parameters()).device)
+    if isinstance(optimizer, Optim) and not optimizer.recipe.source.backward:
+        return float(optimizer.step(lambda: model(input_ids=ids, labels=ids).loss))
     result: Any = model(input_ids=ids, labels=ids)
     loss: float = result.loss.item()
     if not math.isfinite(loss):

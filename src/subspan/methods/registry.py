@@ -54,7 +54,7 @@ def method(
 ) -> Callable[[Preset], Preset]:
     """Publish a preset under its function's name.
 
-    `status` says how it was verified: `transcript` (equal to ten recorded steps of the authors' program),
+    `status` says how it was verified: `transcript` (equal to recorded steps of the authors' program),
     `limits` (equal to a simpler method at extreme settings), or `unverified`. `deviates` states where the
     defaults differ from the paper.
     """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subspan.optim.state import by_columns
+from subspan.shards import add_picked, add_product, among_zeros, beside, local, settled, spread
 
 
 class Sparing(Protocol):
@@ -44,10 +45,7 @@ class Low:
 
     def add_to(self, w: Tensor, alpha: float) -> None:
         """One matrix product that accumulates into w."""
-        if w.ndim == 2:
-            w.addmm_(self.left, self.right, alpha=alpha)
-        else:
-            w.add_(self.left @ self.right, alpha=alpha)
+        add_product(w, self.left, self.right, alpha=alpha)
 
     def dense(self) -> Tensor:
         """The product, laid out like the larger factor, so that adding it runs along rows."""
@@ -70,7 +68,7 @@ class Picked:
 
     def add_to(self, w: Tensor, alpha: float) -> None:
         """Only the picked entries are touched."""
-        w.index_add_(self.axis, self.index, self.x, alpha=alpha)
+        add_picked(w, self.index, self.x, axis=self.axis, alpha=alpha)
 
     def dense(self) -> Tensor:
         """x among zeros."""
@@ -79,9 +77,7 @@ class Picked:
         return self._filled()
 
     def _filled(self) -> Tensor:
-        shape = list(self.x.shape)
-        shape[self.axis] = self.size
-        return self.x.new_zeros(shape).index_copy_(self.axis, self.index, self.x)
+        return among_zeros(self.x, self.index, self.size, axis=self.axis)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +94,8 @@ class Times:
 
     def add_to(self, w: Tensor, alpha: float) -> None:
         """One pass over w and x."""
-        w.addcmul_(self.x, self.by, value=alpha)
+        along = [axis for axis in (-2, -1) if self.by.shape[axis] == w.shape[axis]]
+        local(w).addcmul_(beside(self.x, w, -2, -1), beside(self.by, w, *along), value=alpha)
 
     def dense(self) -> Tensor:
         """The product."""
@@ -132,7 +129,7 @@ class Both:
 def add_to(w: Tensor, d: Direction, alpha: float) -> None:
     """w <- w + alpha * d, in place."""
     if isinstance(d, Tensor):
-        w.add_(d, alpha=alpha)
+        local(w).add_(beside(d, w, -2, -1), alpha=alpha)
     else:
         d.add_to(w, alpha)
 
@@ -144,4 +141,5 @@ def dense(d: Direction) -> Tensor:
 
 def matmul_as(a: Tensor, x: Tensor) -> Tensor:
     """a @ x with x's memory layout, so that adding the result to a transposed weight runs along its rows."""
-    return torch.matmul(x.mT, a.mT).mT if by_columns(x) else a @ x
+    a, x = spread(a, x), spread(x, a)
+    return settled(torch.matmul(x.mT, a.mT).mT if by_columns(x) else a @ x, -1)

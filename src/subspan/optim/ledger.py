@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from subspan.linalg import wide
 from subspan.optim.meter import Peak
 from subspan.optim.optimizer import Optim, Where, checked, hidden_matrices, selected
+from subspan.optim.recipe import Recipe, unpacked
 from subspan.optim.rule import Rule
 from subspan.optim.rules import Adam
 from subspan.optim.state import State, counter
 
-Role = Literal["rule", "other", "frozen"]
+Role = Literal["rule", "other", "asleep", "frozen"]
 Shape = tuple[int, ...]
 
 COLUMNS = {
@@ -164,17 +165,17 @@ class Ledger:
 
 def ledger(
     named_params: Iterable[tuple[str, Tensor]],
-    rule: Rule,
+    rule: Rule | Recipe,
     *,
-    other: Rule = Adam(),
+    other: Rule | None = None,
     where: Where = hidden_matrices,
     shards: int = 1,
 ) -> Ledger:
     """Reckon what `Optim(named_params, rule, other=other, where=where)` will hold; see the head of this module.
 
     Only names, shapes and precisions are read, so parameters may be on the meta device. Gradients are in the
-    weight's precision, state is in float32 at least. Raises what `Optim` raises for the same arguments, and
-    ValueError for shards < 1.
+    weight's precision, state is in float32 at least. Layers that a recipe lets sleep are those of its first draw.
+    Raises what `Optim` raises for the same arguments, and ValueError for shards < 1.
 
     >>> found = ledger(torch.nn.Linear(6, 4).named_parameters(), Adam())
     >>> found.totals["weight_bytes"], found.totals["state_bytes"], found.ratio
@@ -184,24 +185,28 @@ def ledger(
         raise ValueError(f"ledger: shards={shards!r} is less than 1; 1 is a single device")
     named = checked(named_params)
     chosen = selected(named, where)
-    rules: Mapping[Role, Rule] = {"rule": rule, "other": other}
+    recipe = unpacked(rule, other)
+    rules: Mapping[Role, Rule] = {"rule": recipe.rule, "other": recipe.other}
+    asleep = {name for name, moves in recipe.awake.draw(named, seed=0, steps=0).items() if not moves}
     known: dict[object, tuple[Held, Held]] = {}
     found = []
     for name, p in named.items():
         role: Role = "rule" if name in chosen else "other"
         if not p.requires_grad:
             role = "frozen"
+        elif name in asleep and recipe.awake.state == "drop":
+            role = "asleep"
         key = p.shape, p.dtype, role
         if key not in known:
-            pair = (rules[role], Adam()) if role != "frozen" else ()
-            ours, adamw = [held(made, name, p, shards) for made in pair] or [Held(), Held()]
-            known[key] = ours, adamw
+            ours = held(rules[role], name, p, shards) if role in rules else Held()
+            known[key] = ours, held(Adam(), name, p, shards) if role != "frozen" else Held()
         weight = first_rows(p.shape, shards) * p.shape[1:].numel() * p.element_size()
+        holds = role in rules and name not in asleep and recipe.source.holds(p)
         found.append(
             Row(
                 name, tuple(p.shape), str(p.dtype).removeprefix("torch."), role,
-                repr(rules[role]).partition("(")[0] if role != "frozen" else "",
-                weight, 0 if role == "frozen" else weight, *known[key],
+                repr(rules[role]).partition("(")[0] if role in rules else "",
+                weight, weight if holds else 0, *known[key],
             )
         )  # fmt: skip
     return Ledger(tuple(found), shards)

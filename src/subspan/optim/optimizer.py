@@ -6,20 +6,24 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 
 from subspan.linalg import wide
+from subspan.optim.awake import settle
 from subspan.optim.direction import Direction
-from subspan.optim.projected import Projected
+from subspan.optim.projected import Projected, facts
+from subspan.optim.recipe import Recipe, unpacked
 from subspan.optim.rule import Rule
 from subspan.optim.rules import Adam
-from subspan.optim.saved import by_name, compare, placed_near
+from subspan.optim.saved import by_name, compare, placed_near, require_alike
+from subspan.optim.source import Gradient
 from subspan.optim.state import State, counter, mixed, storage_bytes
 from subspan.optim.write import Rounding, move, require_rounding
 from subspan.select import pick
+from subspan.shards import is_cut, whole
 
 Where = str | Callable[[str, Tensor], bool]
 
@@ -59,6 +63,8 @@ class Optim(torch.optim.Optimizer):
     `maximize` climbs. `rounding="stochastic"` rounds bfloat16 weights up or down with the odds of the distance,
     so that steps smaller than their spacing still count on average.
 
+    A `Recipe` in place of the rule also says where gradients come from, which parameters move, and `other`.
+
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = Optim(model.named_parameters(), Adam(), lr=1e-3)
     >>> [(g["role"], g["param_names"]) for g in opt.param_groups]
@@ -68,11 +74,11 @@ class Optim(torch.optim.Optimizer):
     def __init__(
         self,
         named_params: Iterable[tuple[str, Tensor]],
-        rule: Rule,
+        rule: Rule | Recipe,
         *,
         lr: float | Tensor,
         weight_decay: float = 0.0,
-        other: Rule = Adam(),
+        other: Rule | None = None,
         where: Where = hidden_matrices,
         seed: int = 0,
         maximize: bool = False,
@@ -86,16 +92,23 @@ class Optim(torch.optim.Optimizer):
         if unmoved not in ("refuse", "allow"):
             raise ValueError(f"Optim: unmoved={unmoved!r}; use 'refuse' or 'allow'")
         chosen = selected(named, where)
-        self.rules = {"rule": rule, "other": other}
+        self.recipe = unpacked(rule, other)
+        self.rules = {"rule": self.recipe.rule, "other": self.recipe.other}
         self.seed, self.rounding, self.watch = seed, rounding, unmoved == "refuse"
         members = {
             role: [(n, p) for n, p in named.items() if (n in chosen) == (role == "rule")] for role in self.rules
         }
-        groups: list[dict[str, Any]] = [{"params": m, "role": role} for role, m in members.items() if m]
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize})
+        groups: list[dict[str, Any]] = [
+            # a tensor rate of its own: schedulers write into it, group by group
+            {"params": m, "role": role, "lr": lr.clone() if isinstance(lr, Tensor) else lr}
+            for role, m in members.items()
+            if m
+        ]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "steps": 0})
+        self._settle()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in ("rules", "seed", "rounding", "watch")}
+        own = {key: self.__dict__[key] for key in ("rules", "recipe", "asleep", "seed", "rounding", "watch")}
         return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -117,39 +130,87 @@ class Optim(torch.optim.Optimizer):
         The first step with lr > 0 raises RuntimeError for parameters that have no gradient, or that did not
         move though theirs is not zero, unless unmoved="allow"; those that could move have then moved.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        if closure is None and self._prepared():
+            return None
+        awake = [(name, p) for name, p, _ in self._members() if name not in self.asleep]
+        loss, gradient = self.recipe.source.gradients(closure, awake, seed=self.seed, steps=self.steps)
         watch = self.watch and any(float(group["lr"]) > 0 for group in self.param_groups)
         self.watch = self.watch and not watch
-        stuck = [fault for group in self.param_groups for fault in self._step_group(group, watch)]
-        if stuck:
-            raise RuntimeError(
-                f"after the first step these have not moved: {'; '.join(stuck)}. Leave them out of named_params, "
-                "or pass unmoved='allow'"
-            )
-        return loss
+        stuck = [fault for group in self.param_groups for fault in self._step_group(group, gradient, watch)]
+        for group in self.param_groups:
+            group["steps"] += 1
+        self._settle()
+        require_moved(stuck)
+        return cast("float | None", loss)
 
-    def _step_group(self, group: dict[str, Any], watch: bool) -> list[str]:
+    @torch.no_grad()
+    def squeeze(self, name: str, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """All that p's next step needs of its gradient, linear in it; None where that is the gradient itself."""
+        rule = self.rules[group["role"]]
+        ready = self._ready(name, p, grad, rule)
+        return rule.squeeze(ready.g, ready.s, ready.t) if isinstance(rule, Projected) else None
+
+    @torch.no_grad()
+    def advance(self, name: str, p: Tensor, x: Tensor, group: dict[str, Any], *, squeezed: bool = False) -> None:
+        """Step p alone: by its gradient x, or by what `squeeze` said of it. p.grad is neither read nor freed."""
+        rule = self.rules[group["role"]]
+        ready = self._ready(name, p, x, rule)
+        if squeezed and isinstance(rule, Projected):
+            self._write(ready, rule, rule.answer(ready.g, ready.s, p, ready.t), group)
+        elif isinstance(rule, Adam) and rule.fits(p, ready.g, ready.s):
+            self._fused([ready], rule, group)
+        else:
+            self._advance(ready, rule, group)
+
+    def _prepared(self) -> bool:
+        """Whether the first step is one that moves nothing: then it only makes the state, and is not counted.
+
+        With zero gradients and lr 0, torch.distributed.checkpoint asks for the state that it is about to load.
+        """
+        if self.state or any(float(group["lr"]) for group in self.param_groups):
+            return False
+        known = [(n, p, p.grad, g) for n, p, g in self._members() if p.grad is not None and n not in self.asleep]
+        if not known or any(bool(whole(grad.any())) for _, _, grad, _ in known):
+            return False
+        for name, p, grad, group in known:
+            rule = self.rules[group["role"]]
+            lay_out(self._ready(name, p, grad, rule), rule)
+        return True
+
+    @property
+    def steps(self) -> int:
+        """Calls of `step` so far."""
+        return max(int(group["steps"]) for group in self.param_groups)
+
+    def _settle(self) -> None:
+        named = {name: p for name, p, _ in self._members()}
+        self.asleep = settle(self.recipe.awake, named, self.state, seed=self.seed, steps=self.steps)
+
+    def _step_group(self, group: dict[str, Any], gradient: Gradient, watch: bool) -> list[str]:
         """Step the members that have a gradient; when watched, one by one, returning those that stand still."""
         rule, stuck = self.rules[group["role"]], []
         batch: list[Ready] = []
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            if p.grad is None:
+            if name in self.asleep:
+                continue
+            grad = gradient(name, p)
+            if grad is None:
                 stuck += [f"{name} has no gradient"] if watch else []
                 continue
-            before = p.clone() if watch else None
-            ready = self._ready(name, p, p.grad, rule)
+            # A slope may be near zero by chance: there, only half precision counts as too coarse.
+            compares = watch and (self.recipe.source.backward or p.element_size() < 4)
+            before = p.clone() if compares else None
+            ready = self._ready(name, p, grad, rule)
             if isinstance(rule, Adam) and rule.fits(p, ready.g, ready.s):
                 batch.append(ready)
             else:
                 self._advance(ready, rule, group)
-            if before is not None:
+            if watch or not self.recipe.source.backward:
                 self._fused(batch, rule, group)
                 batch.clear()
-                if torch.equal(before, p) and float(group["lr"]) > 0 and bool(p.grad.any()):
-                    stuck.append(f"{name} is {p.dtype}, too coarse for steps at lr {float(group['lr']):g}")
+            if before is not None and torch.equal(before, p) and float(group["lr"]) > 0 and bool(grad.any()):
+                stuck.append(too_coarse(name, p, group))
+            del grad, ready  # or the next one would be made beside it
         self._fused(batch, rule, group)
         return stuck
 
@@ -210,27 +271,25 @@ class Optim(torch.optim.Optimizer):
         compare({name: group["role"] for name, _, group in self._members()}, roles)
         state = {}
         for name, p, group in self._members():
-            if index[name] in state_dict["state"]:
-                state[p] = {k: placed_near(p, v) for k, v in state_dict["state"][index[name]].items()}
-                self._check_state(name, p, state[p], self.rules[group["role"]])
+            if saved := state_dict["state"].get(index[name]):
+                blank = self._matched_blank(name, p, saved, self.rules[group["role"]])
+                state[p] = {k: placed_near(p, v, like=blank[k]) for k, v in saved.items()}
         groups = [
-            {**saved_groups[g["param_names"][0]], "params": [index[n] for n in g["param_names"]]}
+            {"steps": 0, **saved_groups[g["param_names"][0]], "params": [index[n] for n in g["param_names"]]}
             | {"param_names": g["param_names"]}
             for g in self.param_groups
         ]
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.state.update(state)
+        self.watch = self.watch and not state  # the first step of a run that goes on is none to check
+        self._settle()
 
-    def _check_state(self, name: str, p: Tensor, s: State, rule: Rule) -> None:
+    def _matched_blank(self, name: str, p: Tensor, s: State, rule: Rule) -> State:
         precision = torch.float64 if p.dtype == torch.float64 else torch.float32
-        blank = self._blank(name, torch.empty(p.shape, dtype=precision, device="meta"), rule)
-        want = {key: tuple(x.shape) for key, x in blank.items()} | {"step": ()}
-        have = {key: tuple(x.shape) for key, x in s.items()}
-        if want != have:
-            raise ValueError(
-                f"{name}: the saved state {have} was not written by {rule!r}, whose state is {want}; "
-                "build Optim with the rule it was saved from"
-            )
+        g = torch.zeros_like(p, dtype=precision, device=None if is_cut(p) else "meta")
+        blank = {"step": counter(), **self._blank(name, g, rule)}
+        require_alike(name, rule, s, blank)
+        return blank
 
     def report(self) -> list[dict[str, Any]]:
         """One row a parameter: name, shape, role, its rule, bytes of state and steps so far.
@@ -243,7 +302,7 @@ class Optim(torch.optim.Optimizer):
     def _row(self, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         rule, s = self.rules[group["role"]], self.state.get(p, {})
         blank = dict.fromkeys(("side", "rank", "refreshes", "drift"))
-        facts = rule.facts(p, s) if s and isinstance(rule, Projected) else {}
+        told = facts(rule, p, s) if s else {}
         return {
             "name": name,
             "shape": tuple(p.shape),
@@ -252,12 +311,21 @@ class Optim(torch.optim.Optimizer):
             "bytes": storage_bytes(s.values()),
             "steps": int(s["step"]) if s else 0,
             **blank,
-            **facts,
+            **told,
         }
 
     def state_bytes(self) -> int:
         """The memory that all state holds, each storage counted once and whole."""
         return storage_bytes(x for s in self.state.values() for x in s.values())
+
+
+def lay_out(ready: Ready, rule: Rule) -> None:
+    """Give a blank state the layout in memory that updates leave, which decides how later sums round."""
+    trial = {key: x.clone() for key, x in ready.s.items()}
+    for t in (1, 2):
+        rule.update(ready.g, trial, ready.p, t)
+    for key, x in trial.items():
+        ready.s[key] = torch.empty_like(x).copy_(ready.s[key])
 
 
 def checked(named_params: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -286,6 +354,20 @@ def selected(named: dict[str, Tensor], where: Where) -> set[str]:
     if not found and where is not hidden_matrices:
         raise ValueError(f"{where!r} selects no parameter; there are: {', '.join(named)}")
     return found
+
+
+def too_coarse(name: str, p: Tensor, group: dict[str, Any]) -> str:
+    """What to say of a parameter that its step was lost on."""
+    return f"{name} is {p.dtype}, too coarse for steps at lr {float(group['lr']):g}"
+
+
+def require_moved(stuck: list[str]) -> None:
+    """Raise RuntimeError when there is something to say of the first step."""
+    if stuck:
+        raise RuntimeError(
+            f"after the first step these have not moved: {'; '.join(stuck)}. Leave them out of named_params, "
+            "or pass unmoved='allow'"
+        )
 
 
 @contextmanager

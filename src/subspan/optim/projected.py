@@ -10,12 +10,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from subspan.linalg import wide
 from subspan.optim.direction import Direction, dense
+from subspan.optim.ldadam import LowRankAdam
 from subspan.optim.refresh import Move, Refresh
 from subspan.optim.residual import Drop, Residual, scaled
 from subspan.optim.rule import Rule
+from subspan.optim.rules import Chain
 from subspan.optim.state import Scope, State, counter, placed
+from subspan.optim.stored import Decoded, Stored
 from subspan.optim.subspace import Subspace
+from subspan.shards import spread
 
 Side = Literal["short", "long", "left", "right"]
 
@@ -97,14 +102,14 @@ class Projected:
         return self.rule.gain(Scope(s, "rule"), t - int(s["clock"]))
 
     def facts(self, w: Tensor, s: State) -> dict[str, Any]:
-        """What a report says of a parameter: side, rank, frames fitted, and the last one's drift in 0 .. 1."""
+        """What a report says of a weight: side, rank, frames fitted, and the last one's drift in 0 .. 1."""
         x = w.mT if self.flips(w) else w
-        rank = self.subspace.down(x.new_empty(x.shape, device="meta"), on_meta(Scope(s, "frame"))).shape[-2]
+        rank = self.subspace.down(on_meta({"w": x})["w"], on_meta(Scope(s, "frame"))).shape[-2]
         return {
             "side": "right" if self.flips(w) else "left",
             "rank": rank,
             "refreshes": int(s["fits"]),
-            "drift": float(s["drift"]),
+            "drift": float(s["drift"]) if self.subspace.orthonormal else None,
         }
 
     def flips(self, g: Tensor) -> bool:
@@ -120,7 +125,7 @@ class Projected:
         r = self.subspace.down(g, frame)
         if due:
             move = partial(self.subspace.move, old=old, new=frame)
-            if int(s["fits"]):
+            if int(s["fits"]) and self.subspace.orthonormal:
                 s["drift"] = self._drift(r, move)
             if self.refresh.carry(self.rule, inner, fresh=lambda: self.rule.init(r, seed=t), move=move):
                 s["clock"] = counter(t - 1)
@@ -130,11 +135,21 @@ class Projected:
 
     def _drift(self, r: Tensor, move: Move) -> Tensor:
         """1 - |C|^2 / rank, where C turns the old frame's coordinates into the new one's."""
-        eye = torch.eye(r.shape[-2], dtype=r.dtype, device=r.device)
+        eye = spread(torch.eye(r.shape[-2], dtype=r.dtype, device=r.device), r)
         turn = move(eye.expand(*r.shape[:-2], *eye.shape), degree=1)
         return 1 - turn.square().sum((-2, -1)).mean() / r.shape[-2]
 
 
+def facts(rule: Rule, w: Tensor, s: State) -> dict[str, Any]:
+    """`Projected.facts` of the subspace that a rule works in, however it is wrapped; nothing if there is none."""
+    if isinstance(rule, Projected | LowRankAdam):
+        return rule.facts(w, s)
+    if isinstance(rule, Stored):
+        return facts(rule.rule, w, Decoded(s, dict(rule.codecs), wide(w)))
+    links = rule.links if isinstance(rule, Chain) else ()
+    return {k: v for name, link in links for k, v in facts(link, w, Scope(s, name)).items()}
+
+
 def on_meta(s: Mapping[str, Tensor]) -> State:
-    """The same state without its values."""
-    return {key: x.to("meta") for key, x in s.items()}
+    """The same state without its values, in one piece."""
+    return {key: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for key, x in s.items()}

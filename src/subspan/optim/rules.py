@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 from subspan.optim.direction import Direction, dense
 from subspan.optim.rule import Rule
 from subspan.optim.state import Scope, State, placed
+from subspan.shards import cut_alike, local
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,9 @@ class Adam:
 
     def fits(self, w: Tensor, g: Tensor, s: State) -> bool:
         """Whether `fused` can step this weight."""
-        alike = [w, g, s["mu"], s["nu"]]
+        alike = [local(x) for x in (w, g, s["mu"], s["nu"])]
         plain = all(type(x) in (Tensor, Parameter) and x.is_contiguous() and x.dtype == w.dtype for x in alike)
+        plain = plain and cut_alike(w, g, s["mu"], s["nu"])
         return self.eps_on == "corrected" and plain and w.dtype in (torch.float32, torch.float64)
 
     def fused(
@@ -114,10 +116,10 @@ class Adam:
         """
         steps = [torch.tensor(float(t - 1), device=w.device) for t, w in zip(ts, ws, strict=True)]
         adamw(
-            ws,
-            gs,
-            [s["mu"] for s in states],
-            [s["nu"] for s in states],
+            [local(w) for w in ws],
+            [local(g) for g in gs],
+            [local(s["mu"]) for s in states],
+            [local(s["nu"]) for s in states],
             [],
             steps,
             fused=True,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from subspan.optim.rule import Rule
+from subspan.shards import cut_alike, is_cut, laid, whole
 
 
 def by_name(state_dict: dict[str, Any]) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
@@ -31,7 +35,21 @@ def compare(have: dict[str, str], saved: dict[str, str]) -> None:
         raise ValueError(f"the saved state is of other parameters ({found}); build Optim as when it was saved")
 
 
-def placed_near(p: Tensor, x: Tensor) -> Tensor:
-    """A copy of x on p's device, in x's own precision; counters stay on the CPU."""
+def require_alike(name: str, rule: Rule, saved: Mapping[str, Tensor], blank: Mapping[str, Tensor]) -> None:
+    """Raise ValueError naming the entries in which a saved state is not one that the rule writes."""
+    have, want = ([f"{key} {tuple(x.shape)}" for key, x in s.items()] for s in (saved, blank))
+    found = [f"with {text}" for text in have if text not in want]
+    found += [f"without {text}" for text in want if text not in have]
+    if found:
+        raise ValueError(
+            f"{name}: the saved state ({', '.join(found)}) was not written by {rule!r}; "
+            "build Optim with the rule it was saved from"
+        )
+
+
+def placed_near(p: Tensor, x: Tensor, *, like: Tensor) -> Tensor:
+    """A copy of x on p's device, in x's own precision, cut as like is; counters stay on the CPU."""
+    if cut_alike(x, like) and is_cut(x):
+        return x.detach().clone()
     counts = x.ndim == 0 and x.dtype == torch.int64
-    return x.detach().to("cpu" if counts else p.device, copy=True)
+    return laid(whole(x.detach()).to("cpu" if counts else p.device, copy=True), like)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 import torch
 from torch import Tensor
 
+from subspan.shards import local
+
 State = MutableMapping[str, Tensor]
 
 
@@ -62,5 +64,6 @@ def by_columns(x: Tensor) -> bool:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors."""
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    """Bytes that this process holds in the distinct storages behind tensors."""
+    storages = [local(x).untyped_storage() for x in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -12,22 +12,24 @@ from subspan.codec import Codec
 from subspan.optim.direction import Direction
 from subspan.optim.rule import Rule
 from subspan.optim.state import Scope, State, placed
+from subspan.shards import recut, settled
 
 
 class Decoded(MutableMapping[str, Tensor]):
     """A state whose encoded entries read and write like plain tensors, for the length of one update."""
 
-    __slots__ = ("_base", "_codecs", "_dtype", "_open")
+    __slots__ = ("_base", "_codecs", "_like", "_open")
 
-    def __init__(self, base: State, codecs: Mapping[str, Codec], dtype: torch.dtype) -> None:
-        self._base, self._codecs, self._dtype = base, codecs, dtype
+    def __init__(self, base: State, codecs: Mapping[str, Codec], like: Tensor) -> None:
+        self._base, self._codecs, self._like = base, codecs, like
         self._open: dict[str, Tensor] = {}
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._codecs:
             return self._base[key]
         if key not in self._open:
-            self._open[key] = self._codecs[key].decode(Scope(self._base, key)).to(self._dtype)
+            x = self._codecs[key].decode(Scope(self._base, key)).to(self._like.dtype)
+            self._open[key] = recut(x, self._like)
         return self._open[key]
 
     def __setitem__(self, key: str, value: Tensor) -> None:
@@ -35,7 +37,7 @@ class Decoded(MutableMapping[str, Tensor]):
             self._base[key] = value
             return
         codec = self._codecs[key]
-        Scope(self._base, key).update(codec.encode(value))
+        Scope(self._base, key).update(encoded(codec, value))
         self._open[key] = value
         if codec.through:
             del self._open[key]
@@ -75,16 +77,21 @@ class Stored:
         """The rule's state, each encoded entry replaced by its codec's, `name.` before the key."""
         s = dict(self.rule.init(g, seed))
         for name, codec in self.codecs:
-            s |= placed(name, codec.encode(s.pop(name)))
+            s |= placed(name, encoded(codec, s.pop(name)))
         return s
 
     def update(self, g: Tensor, s: State, w: Tensor, t: int) -> Direction:
         """The rule's direction on the decoded state."""
-        return self.rule.update(g, Decoded(s, dict(self.codecs), g.dtype), w, t)
+        return self.rule.update(g, Decoded(s, dict(self.codecs), g), w, t)
 
     def gain(self, s: State, t: int) -> float:
         """The rule's gain."""
         return self.rule.gain(s, t)
+
+
+def encoded(codec: Codec, x: Tensor) -> State:
+    """What the codec makes of x, sums over processes done."""
+    return {key: settled(value) for key, value in codec.encode(x).items()}
 
 
 def stored(rule: Rule, **codecs: Codec) -> Stored:

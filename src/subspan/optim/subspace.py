@@ -11,6 +11,7 @@ from torch import Tensor
 from subspan import linalg
 from subspan.optim.direction import Low, Picked, Sparing, matmul_as
 from subspan.optim.state import State, by_columns, counter, mixed
+from subspan.shards import laid, picked, settled, whole, zeros_beside
 
 Solver = Literal["power", "exact", "gram", "random"]
 
@@ -68,7 +69,7 @@ class Span:
     def init(self, g: Tensor, seed: int) -> State:
         """`q` (..., m, rank), and what a random draw needs to go on after a resume."""
         m, n = g.shape[-2:]
-        q = g.new_zeros(*g.shape[:-1], count(self.rank, m, min(m, n)))
+        q = zeros_beside(g, count(self.rank, m, min(m, n)))
         draws = {} if self.solver in ("exact", "gram") else {"seed": counter(seed), "draw": counter()}
         return {"q": q, **draws}
 
@@ -82,11 +83,11 @@ class Span:
             drawn = {"seed": s["seed"], "draw": s["draw"] + 1}
             return {"q": linalg.orthogonal_iteration(g, self._start(g, s), self._turns(s)), **drawn}
         if self.solver == "random":
-            start = draw_normal(s, g.shape[-1], min(rank + 8, *g.shape[-2:])).to(g)
-            u = linalg.svd_random(g, rank, start=start.expand(*g.shape[:-2], *start.shape)).u
-            return {"q": owned(u, rank), "seed": s["seed"], "draw": s["draw"] + 1}
+            start = draw_normal(s, g.shape[-1], min(rank + 8, *g.shape[-2:])).to(g.device, g.dtype)
+            u = linalg.svd_random(whole(g), rank, start=start.expand(*g.shape[:-2], *start.shape)).u
+            return {"q": laid(owned(u, rank), s["q"]), "seed": s["seed"], "draw": s["draw"] + 1}
         decompose = linalg.svd if self.solver == "exact" else linalg.svd_gram
-        return {"q": owned(decompose(g).u, rank)}
+        return {"q": laid(owned(decompose(whole(g)).u, rank), s["q"])}
 
     def down(self, g: Tensor, s: State) -> Tensor:
         """q^T g."""
@@ -98,13 +99,14 @@ class Span:
 
     def move(self, x: Tensor, old: State, new: State, degree: int) -> Tensor:
         """C x with C = new^T old, or (C * C) x: exact for squares of uncorrelated coordinates."""
-        turn = new["q"].mT @ old["q"]
+        turn = settled(new["q"].mT @ old["q"])
         return matmul_as(turn if degree == 1 else turn.square(), x)
 
     def _start(self, g: Tensor, s: State) -> Tensor:
-        noise = draw_normal(s, *s["q"].shape[-2:]).to(g)
+        noise = draw_normal(s, *s["q"].shape[-2:]).to(g.device, g.dtype)
+        noise = laid(noise.expand(s["q"].shape), s["q"])
         if not int(s["draw"]):
-            return noise.expand(*g.shape[:-2], *noise.shape)
+            return noise
         # A direction that the last basis misses exactly would stay unseen for ever.
         return s["q"].add(noise, alpha=(torch.finfo(g.dtype).eps / g.shape[-2]) ** 0.5)
 
@@ -143,8 +145,8 @@ class Rows:
     def down(self, g: Tensor, s: State) -> Tensor:
         """The chosen rows."""
         if by_columns(g):
-            return g.mT.index_select(-1, s["index"]).mT
-        return g.index_select(-2, s["index"])
+            return picked(g.mT, s["index"], -1).mT
+        return picked(g, s["index"], -2)
 
     def up(self, x: Tensor, s: State) -> Picked:
         """x in the chosen rows, zero elsewhere."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from subspan.optim.direction import Direction, add_to
+from subspan.optim.state import mixed
+from subspan.shards import cut_number, locally
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -22,8 +25,8 @@ def move(p: Tensor, d: Direction, alpha: float, keep: float, rounding: Rounding,
     if w is p:
         return
     if rounding == "stochastic":
-        generator = torch.Generator(p.device).manual_seed(seed)
-        p.copy_(stochastic_bf16(w, generator))
+        generator = torch.Generator(p.device).manual_seed(mixed(seed, cut_number(p)))
+        p.copy_(locally(partial(stochastic_bf16, generator=generator), w))
     else:
         p.copy_(w)
 

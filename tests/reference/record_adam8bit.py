@@ -1,4 +1,4 @@
-"""Record bitsandbytes' 8-bit blocks and Adam on the CPU: `python record_blockwise8.py OUT.npz`.
+"""Record bitsandbytes' 8-bit blocks and Adam on the CPU: `python record_adam8bit.py OUT.npz`.
 
 Needs torch and the PyPI wheel bitsandbytes 0.50.2 on PYTHONPATH, unpacked without its compiled libraries: its
 torch kernels round to the nearest level, but its compiled CPU kernel does not (README.md).

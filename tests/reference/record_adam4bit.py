@@ -1,4 +1,4 @@
-"""Record the authors' 4-bit codes and AdamW on the CPU: `python record_lowbit4.py OUT.npz`.
+"""Record the authors' 4-bit codes and AdamW on the CPU: `python record_adam4bit.py OUT.npz`.
 
 Needs torch, PyYAML, yacs and thu-ml/low-bit-optimizers at e3e2854 on PYTHONPATH (see README.md).
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record_blockwise8 import SETTINGS, draw, run
+from record_adam8bit import SETTINGS, draw, run
 
 # The authors' default, but rounded by their torch code instead of their CUDA kernel, and for small tensors too.
 CONFIG = """
