@@ -10,6 +10,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from subspan.shards import by_rows, from_rows, largest
+
 
 class Codec(Protocol):
     """A way to store a tensor as a few named tensors.
@@ -130,11 +132,17 @@ class Int8:
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """`{"codes": (..., n) uint8, "absmax": (..., ceil(n / block))}` for x (..., n)."""
-        absmax, share = by_block(x, self.block, "Int8")
-        return {"codes": nearest(share, self.levels), "absmax": absmax}
+        return by_rows(self._encode, x)
 
     def decode(self, s: Mapping[str, Tensor]) -> Tensor:
         """The levels times their block's absmax, in its precision."""
+        return from_rows(self._decode, s)
+
+    def _encode(self, x: Tensor) -> dict[str, Tensor]:
+        absmax, share = by_block(x, self.block, "Int8")
+        return {"codes": nearest(share, self.levels), "absmax": absmax}
+
+    def _decode(self, s: Mapping[str, Tensor]) -> Tensor:
         codes, absmax = s["codes"], s["absmax"]
         level = table(self.levels, absmax.dtype, absmax.device)[0]
         x = level.index_select(0, codes.reshape(-1).int()).view(codes.shape)
@@ -167,11 +175,17 @@ class Int4:
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """`{"codes": (..., n // 2), "tail": (..., n % 2), "absmax": (..., ceil(n / block))}` for x (..., n)."""
-        absmax, share = by_block(x, self.block, "Int4")
-        return {**paired(nearest(share, self.levels)), "absmax": absmax}
+        return by_rows(self._encode, x)
 
     def decode(self, s: Mapping[str, Tensor]) -> Tensor:
         """The levels times their block's absmax, in its precision."""
+        return from_rows(self._decode, s)
+
+    def _encode(self, x: Tensor) -> dict[str, Tensor]:
+        absmax, share = by_block(x, self.block, "Int4")
+        return {**paired(nearest(share, self.levels)), "absmax": absmax}
+
+    def _decode(self, s: Mapping[str, Tensor]) -> Tensor:
         absmax = s["absmax"]
         return scaled(unpaired(s, self.levels, absmax.dtype), absmax, self.block)
 
@@ -204,16 +218,18 @@ class Int4Rank1:
         """Codes as `Int4`'s, and `{"row": (..., m), "col": (..., n)}` for x (..., m, n)."""
         if x.ndim < 2:
             return Int4(self.block, signed=False).encode(x)
-        row, col = (torch.linalg.vector_norm(x, float("inf"), at).to(scale_type(x)) for at in (-1, -2))
+        row, col = (largest(x, at).to(scale_type(x)) for at in (-1, -2))
         share = smaller(row, col)
         torch.div(x, share.masked_fill_(share == 0, 1), out=share)
-        return {**paired(nearest(share, LINEAR4)), "row": row, "col": col}
+        return {**by_rows(lambda part: paired(nearest(part, LINEAR4)), share), "row": row, "col": col}
 
     def decode(self, s: Mapping[str, Tensor]) -> Tensor:
         """The levels times the smaller maximum, in its precision."""
         if "row" not in s:
             return Int4(self.block, signed=False).decode(s)
-        return unpaired(s, LINEAR4, s["row"].dtype).mul_(smaller(s["row"], s["col"]))
+        codes = {key: s[key] for key in ("codes", "tail")}
+        share = from_rows(lambda parts: unpaired(parts, LINEAR4, s["row"].dtype), codes)
+        return share.mul_(smaller(s["row"], s["col"]))
 
 
 def require_block(where: str, block: int) -> None:
@@ -280,7 +296,8 @@ def unpaired(s: Mapping[str, Tensor], levels: tuple[float, ...], dtype: torch.dt
     """The levels (..., n) of paired codes."""
     level = table(levels, dtype, s["codes"].device)[0]
     both = torch.stack([level.repeat(16), level.repeat_interleave(16)], -1)
-    x = both.index_select(0, s["codes"].reshape(-1).int()).view(*s["codes"].shape[:-1], -1)
+    shape = *s["codes"].shape[:-1], 2 * s["codes"].shape[-1]
+    x = both.index_select(0, s["codes"].reshape(-1).int()).view(shape)
     tail = s["tail"]
     return torch.cat([x, level[tail.long()]], -1) if tail.shape[-1] else x
 

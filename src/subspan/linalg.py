@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subspan.shards import is_cut_along, laid, locally, settled, whole
+from subspan.shards import is_cut_along, joined, laid, locally, settled, whole
 
 
 class SVD(NamedTuple):
@@ -164,7 +164,7 @@ def orth(a: Tensor) -> Tensor:
         if bool(info.any()) or not bool(safe):
             return qr(a)
         substitute = partial(torch.linalg.solve_triangular, factor.mT, upper=True, left=False)
-        x = locally(substitute, x)
+        x = locally(substitute, joined(x, -1))
     return x
 
 
@@ -312,7 +312,7 @@ def check_rank(rank: int, m: int, n: int, where: str = "matrix") -> None:
 
 def require_finite(a: Tensor, where: str = "matrix") -> None:
     """Raise ValueError naming the first NaN or Inf."""
-    if not bool(torch.isfinite(a).all()):
+    if not bool(whole(torch.isfinite(a).all())):
         a = whole(a)
         at = tuple(torch.nonzero(~torch.isfinite(a))[0].tolist())
         raise ValueError(f"{where} of shape {tuple(a.shape)} holds {a[at].item()} at {at}; repair or leave it out")

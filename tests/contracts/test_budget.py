@@ -1,5 +1,6 @@
 """Every budget keeps the Budget contract; WeLore and Energy equal their definitions, written out literally."""
 
+import itertools
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -8,12 +9,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from subspan.budget import Budget, Energy, Err, Ratio, Target, Uniform, WeLore
+from subspan.budget import (
+    BlockInfluence,
+    Budget,
+    Bytes,
+    Energy,
+    Err,
+    LeastLoss,
+    Owl,
+    Ratio,
+    Target,
+    Uniform,
+    WeLore,
+)
 from subspan.plan import break_even, numbers
 
 Shapes = dict[str, tuple[int, int]]
 Spectra = dict[str, Tensor]
 
+# What data would say of each site; those of one name alike are alike.
+SCORES = {
+    "q": 0.4, "k": 0.1, "v": 0.3, "o": 0.2, "up": 0.25, "down": 0.15, "thin": 0.35, "a": 0.1, "b": 0.1, "c": 0.1,
+}  # fmt: skip
 # name -> the budget for a target
 TARGETED: dict[str, Callable[[Target], Budget]] = {
     "uniform": Uniform,
@@ -23,9 +40,13 @@ TARGETED: dict[str, Callable[[Target], Budget]] = {
     "welore-keep": lambda t: WeLore(t, nlrc="keep"),
     "welore-keep-grid": lambda t: WeLore(t, search="grid", nlrc="keep"),
     "welore-keep-break-even": lambda t: WeLore(t, nlrc="keep", gate="break_even"),
+    "owl": lambda t: Owl(t, scores=SCORES),
+    "block-influence": lambda t: BlockInfluence(t, cap=1 - 1e-9, scores=SCORES),
+    "least-loss": lambda t: LeastLoss(t, by="relative"),
 }
 TARGETS: tuple[Target, ...] = (
     Err(0.0), Err(0.1), Err(0.3), Err(0.5), Err(0.7), Err(0.97), Ratio(0.1), Ratio(0.4), Ratio(0.8), Ratio(1.0),
+    Bytes(4000), Bytes(10_000),
 )  # fmt: skip
 FIXED = {f"energy-{share}": Energy(share) for share in (0.01, 0.5, 0.9, 0.999, 1.0)}
 BUDGETS: dict[str, Budget] = {
@@ -64,6 +85,7 @@ def turned(found: Spectra) -> Spectra:
 
 SPECTRA, TURNED = spectra_of(weights()), spectra_of(turned(weights()))
 TOTAL = sum(len(s) for s in SPECTRA.values())
+WHOLE = 4 * sum(m * n for m, n in SHAPES.values())
 
 
 # ---- literal definitions: plain Python, no numpy, no bisection ----
@@ -167,9 +189,13 @@ def test_float32_spectra_give_the_same_ranks(budget):
 
 
 @pytest.mark.parametrize("name", TARGETED)
-@pytest.mark.parametrize("kind", [Err, Ratio])
+@pytest.mark.parametrize("kind", [Err, Ratio, Bytes])
 def test_ranks_fall_as_the_target_asks_for_more(name, kind):
-    targets = [Err(e / 25) for e in range(25)] if kind is Err else [Ratio(1 - r / 25) for r in range(25)]
+    targets = {
+        Err: [Err(e / 25) for e in range(25)],
+        Ratio: [Ratio(1 - r / 25) for r in range(25)],
+        Bytes: [Bytes(WHOLE - 300 * i) for i in range(25)],
+    }[kind]
     for less, more in pairwise(TARGETED[name](t)(SPECTRA, SHAPES) for t in targets):
         assert all(more[site] <= less[site] for site in SHAPES)
 
@@ -199,6 +225,46 @@ def test_an_err_near_one_leaves_one_direction_of_all_that_may_be_cut(name):
     smallest = welore_at(SPECTRA, SHAPES, 1.0, gate)
     assert set(smallest.values()) <= {1, 2}
     assert TARGETED[name](Err(1 - 1e-9))(SPECTRA, SHAPES) == smallest
+
+
+@pytest.mark.parametrize("name", TARGETED)
+@pytest.mark.parametrize("share", [0.9, 0.75, 0.5, 0.25])
+def test_bytes_of_like_numbers_are_a_ratio(name, share):
+    count = int(share * WHOLE)
+    told = Bytes(count + 1000, dict.fromkeys(SHAPES, 32), 1000)
+    wanted = TARGETED[name](Ratio(count / WHOLE))(SPECTRA, SHAPES)
+    assert TARGETED[name](told)(SPECTRA, SHAPES) == TARGETED[name](Bytes(count))(SPECTRA, SHAPES) == wanted
+
+
+@pytest.mark.parametrize("name", TARGETED)
+def test_more_bytes_than_there_are_keep_every_rank(name):
+    full = {site: min(shape) for site, shape in SHAPES.items()}
+    assert TARGETED[name](Bytes(WHOLE))(SPECTRA, SHAPES) == full
+    assert TARGETED[name](Bytes(10 * WHOLE))(SPECTRA, SHAPES) == full
+
+
+@pytest.mark.parametrize("name", TARGETED)
+@pytest.mark.parametrize("count", [11_000, 9_000, 6_000, 3_000])
+def test_bytes_are_never_exceeded_whatever_a_number_takes(name, count):
+    bits = dict(zip(SHAPES, (32, 16, 8, 16, 32, 16, 4), strict=True))
+    target = Bytes(count, bits, 777)
+    ranks = TARGETED[name](target)(SPECTRA, SHAPES)
+    assert 777 + sum(numbers(r, *SHAPES[site]) * bits[site] // 8 for site, r in ranks.items()) <= count
+
+
+@pytest.mark.parametrize("name", TARGETED)
+@pytest.mark.parametrize("target", TARGETS, ids=repr)
+def test_the_order_of_the_sites_does_not_matter(name, target):
+    back = dict(reversed(SHAPES.items()))
+    assert TARGETED[name](target)({site: SPECTRA[site] for site in back}, back) == TARGETED[name](target)(
+        SPECTRA, SHAPES
+    )
+
+
+@pytest.mark.parametrize("count", [0, -5, 1.5, True, "9"])
+def test_bytes_that_are_no_count_are_refused(count):
+    with pytest.raises(ValueError, match=r"is not a whole number above 0; 100_000_000 is 100 MB"):
+        Bytes(count)
 
 
 def test_numbers_and_err_agree_with_their_counts():
@@ -338,3 +404,131 @@ def test_an_outlier_makes_a_matrix_look_low_rank():
 def test_a_spectrum_without_a_tail_is_refused_by_name(s):
     with pytest.raises(ValueError, match=r"head: all singular values equal .*leave the site out"):
         WeLore(Err(0.5))({"head": s}, {"head": (len(s), 9)})
+
+
+# ---- the least loss, against every combination of ranks there is ----
+
+TINY: Shapes = {"a": (8, 14), "b": (16, 10), "c": (9, 20)}
+
+
+def tiny(seed: int, by: str) -> tuple[Spectra, dict[str, float]]:
+    g, spectra = torch.Generator().manual_seed(seed), {}
+    for i, (name, shape) in enumerate(TINY.items()):
+        decay = torch.exp(-(0.15 + 0.25 * i) * torch.arange(min(shape)))
+        noise = 0.5 + torch.rand(min(shape), dtype=torch.float64, generator=g)
+        spectra[name] = 3.0**-i * (noise * decay).sort(descending=True).values
+    total = {name: float(s.square().sum()) for name, s in spectra.items()}
+    weight = {"output": dict.fromkeys(TINY, 1.0), "relative": {name: 1 / x for name, x in total.items()}}
+    return spectra, weight.get(by, {"a": 0.2, "b": 3.0, "c": 40.0})
+
+
+def everything(spectra: Spectra, weight: dict[str, float]) -> list[tuple[int, float, dict[str, int]]]:
+    """Cost, error and ranks of every combination."""
+    found = []
+    for ranks in itertools.product(*(range(1, min(shape) + 1) for shape in TINY.values())):
+        chosen = dict(zip(TINY, ranks, strict=True))
+        cost = sum(numbers(r, *TINY[name]) for name, r in chosen.items())
+        found.append((cost, error_of(chosen, spectra, weight), chosen))
+    return found
+
+
+def error_of(ranks: dict[str, int], spectra: Spectra, weight: dict[str, float]) -> float:
+    return math.fsum(
+        weight[name] * math.fsum(x * x for x in spectra[name].tolist()[r:]) for name, r in ranks.items()
+    )
+
+
+def at_price(price: float, every: list[tuple[int, float, dict[str, int]]]) -> tuple[int, float, dict[str, int]]:
+    """The optimum where every number costs this much error."""
+    return min(every, key=lambda row: (row[1] + price * row[0], row[0]))
+
+
+BY = ["loss", "output", "relative"]
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_least_loss_is_the_optimum_at_any_price_of_a_number(seed, by):
+    spectra, weight = tiny(seed, by)
+    every = everything(spectra, weight)
+    corners = {cost: ranks for cost, _, ranks in (at_price(10.0 ** (x / 20), every) for x in range(-160, 40))}
+    assert len(corners) > 8
+    for cost, ranks in corners.items():
+        assert LeastLoss(Bytes(4 * cost), by, scores=weight)(spectra, TINY) == ranks
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("seed", range(3))
+def test_between_prices_the_least_loss_is_off_by_less_than_one_step_of_the_hull(seed, by):
+    spectra, weight = tiny(seed, by)
+    every = everything(spectra, weight)
+    corners = sorted({row[:2] for row in (at_price(10.0 ** (x / 20), every) for x in range(-160, 40))})
+    for (cost, error), (above, better) in pairwise(corners):
+        for room in range(cost, above):
+            ranks = LeastLoss(Bytes(4 * room), by, scores=weight)(spectra, TINY)
+            reached = error_of(ranks, spectra, weight)
+            best = min(row[1] for row in every if row[0] <= room)
+            assert sum(numbers(r, *TINY[name]) for name, r in ranks.items()) <= room
+            assert best - 1e-12 <= reached <= error + 1e-12 and reached - best <= error - better + 1e-12
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("target", TARGETS, ids=repr)
+def test_the_least_loss_never_stores_factors_that_do_not_pay(target, by):
+    ranks = LeastLoss(target, by, scores=SCORES)(SPECTRA, SHAPES)
+    assert all(r <= break_even(*SHAPES[name]) or r == min(SHAPES[name]) for name, r in ranks.items())
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("count", range(3000, WHOLE, 500))
+def test_the_least_loss_leaves_no_room_for_another_rank(count, by):
+    ranks = LeastLoss(Bytes(count), by, scores=SCORES)(SPECTRA, SHAPES)
+    used = sum(4 * numbers(r, *SHAPES[name]) for name, r in ranks.items())
+    assert used <= count < used + 4 * max(m + n for m, n in SHAPES.values())
+
+
+def test_the_least_loss_of_equal_scores_is_that_of_the_outputs():
+    for target in TARGETS:
+        even = LeastLoss(target, scores=dict.fromkeys(SHAPES, 7.0))(SPECTRA, SHAPES)
+        assert even == LeastLoss(target, by="output")(SPECTRA, SHAPES)
+
+
+def test_a_site_whose_factors_never_pay_is_kept_whole():
+    shapes = {"row": (1, 9), "two": (2, 2), "wide": (8, 9)}
+    spectra = {name: torch.linspace(2, 1, min(shape)).double() for name, shape in shapes.items()}
+    assert LeastLoss(Ratio(0.3), by="output")(spectra, shapes) == {"row": 1, "two": 2, "wide": 1}
+
+
+def test_a_site_that_the_loss_does_not_feel_is_cut_first():
+    shapes = {"felt": (8, 8), "idle": (8, 8)}
+    spectra = {name: torch.linspace(2, 1, 8).double() for name in shapes}
+    ranks = LeastLoss(Ratio(0.625), scores={"felt": 1.0, "idle": 0.0})(spectra, shapes)
+    assert ranks == {"felt": 8, "idle": 1}
+
+
+@pytest.mark.parametrize("budget", [LeastLoss(Err(0.5)), Owl(Err(0.5)), BlockInfluence(Err(0.5))], ids=repr)
+def test_a_budget_without_its_scores_says_how_to_get_them(budget):
+    with pytest.raises(
+        ValueError, match=r"q.*: make the plan with a study that was given batches, or pass scores="
+    ):
+        budget(SPECTRA, SHAPES)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: LeastLoss(Err(0.5), by="luck"), "by 'luck' is unknown; choose one of loss, output, relative"),
+        (
+            lambda: LeastLoss(Err(0.5), spectrum="light"),
+            "spectrum 'light' is unknown; choose one of weight, metric",
+        ),
+        (lambda: WeLore(Err(0.5), spectrum="light"), "spectrum 'light' is unknown"),
+        (lambda: Energy(Err(0.5), spectrum="light"), "spectrum 'light' is unknown"),
+        (lambda: Owl(Err(0.5), spread=-0.1), r"spread -0.1 is outside 0..1"),
+        (lambda: BlockInfluence(Err(0.5), temperature=0.0), "temperature 0.0 is not above 0"),
+        (lambda: BlockInfluence(Err(0.5), cap=1.0), r"cap 1.0 is outside \(0, 1\)"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -23,6 +23,8 @@ from subspan.optim.power import Power as Power
 from subspan.optim.projected import Projected as Projected
 from subspan.optim.projected import Side as Side
 from subspan.optim.recipe import Recipe as Recipe
+from subspan.optim.reduce import Traffic as Traffic
+from subspan.optim.reduce import reduce_projected as reduce_projected
 from subspan.optim.refresh import Carry as Carry
 from subspan.optim.refresh import Every as Every
 from subspan.optim.refresh import Keep as Keep

@@ -3,6 +3,10 @@
 `save` fills a new numbered folder under a hidden name and renames it once, when every byte is on the disk; only
 then are older ones deleted. A rename to a name that is free is atomic, and nothing is ever replaced, so at each
 moment the newest numbered folder is complete, and it is what `load` reads.
+
+`torch.distributed.checkpoint` works too, with get_optimizer_state_dict and set_optimizer_state_dict, and is the
+way for weights cut over processes. It leaves out parameters that sleep: `RandomLayers` goes through this module,
+or through torch.save of `Optim.state_dict()`.
 """
 
 from __future__ import annotations

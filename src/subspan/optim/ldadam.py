@@ -86,7 +86,7 @@ class LowRankAdam:
     def _basis(self, x: Tensor, q: Tensor, mu: Tensor, t: int) -> Tensor:
         """orth(b b^T q); b itself is never formed, as its first part is q times something."""
         if t == 1:
-            return owned(linalg.svd_gram(x).u, q.shape[-1])
+            return owned(linalg.svd_gram(x).u, q.shape[-1]).mT.contiguous().mT  # as later ones lie in memory
         past = self.rho / (1 - self.adam.b1 ** (t - 1))
         z = (1 - self.rho) * (x.mT @ q) + past * mu.mT
         # Only the columns' directions matter; without this the square of a small gradient underflows.

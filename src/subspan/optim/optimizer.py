@@ -208,7 +208,8 @@ class Optim(torch.optim.Optimizer):
             if watch or not self.recipe.source.backward:
                 self._fused(batch, rule, group)
                 batch.clear()
-            if before is not None and torch.equal(before, p) and float(group["lr"]) > 0 and bool(grad.any()):
+            still = before is not None and torch.equal(before, p) and float(group["lr"]) > 0
+            if still and bool(whole(grad.any())):
                 stuck.append(too_coarse(name, p, group))
             del grad, ready  # or the next one would be made beside it
         self._fused(batch, rule, group)

@@ -13,6 +13,7 @@ from subspan import linalg
 from subspan.optim.direction import Low, matmul_as
 from subspan.optim.state import State, counter
 from subspan.optim.subspace import count, draw_normal, require_rank
+from subspan.shards import settled, spread, zeros_beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,8 @@ class Power:
         """`p` (..., m, rank), empty, and `q` (..., n, rank), drawn."""
         m, n = g.shape[-2:]
         rank = count(self.rank, m, min(m, n))
-        draw = draw_normal({"seed": counter(seed), "draw": counter()}, n, rank).to(g)
-        return {"p": g.new_zeros(*g.shape[:-1], rank), "q": draw.expand(*g.shape[:-2], n, rank).clone()}
+        draw = draw_normal({"seed": counter(seed), "draw": counter()}, n, rank).to(g.device, g.dtype)
+        return {"p": zeros_beside(g, rank), "q": spread(draw.expand(*g.shape[:-2], n, rank).clone(), g)}
 
     def fit(self, g: Tensor, s: State, due: bool) -> State:
         """Both bases when due; raises ValueError for NaN or Inf."""
@@ -49,7 +50,7 @@ class Power:
             return dict(s)
         linalg.require_finite(g)
         p = linalg.orth(g @ s["q"])
-        q = g.mT @ p
+        q = settled(g.mT @ p)
         # only directions matter; powers of a length would overflow
         return {"p": p, "q": q / vector_norm(q, dim=-2, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)}
 
@@ -63,5 +64,5 @@ class Power:
 
     def move(self, x: Tensor, old: State, new: State, degree: int) -> Tensor:
         """C x with C = new^T old, or (C * C) x, as in `Span`."""
-        turn = new["p"].mT @ old["p"]
+        turn = settled(new["p"].mT @ old["p"])
         return matmul_as(turn if degree == 1 else turn.square(), x)
