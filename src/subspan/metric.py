@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from subspan import linalg
 
 Batches = Iterable[Any]
 Forward = Callable[[nn.Module, Any], object]
+Loss = Callable[[nn.Module, Any], Tensor]
+Need = Literal["nothing", "inputs", "gradients"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,10 +24,13 @@ class Metric:
 
     `left` is None (identity), a diagonal (m,) or a matrix (m, m); `right` likewise with n. With `right` the
     Cholesky factor of the inputs' second moments E[x x^T], the error is the outputs' root mean square error.
+    With `mean` (n,) the layer's bias takes up the error that the op makes there, (w - op) mean: for `right` a
+    factor of the inputs' covariance the error is then the outputs', bias included.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
+    mean: Tensor | None = None
 
     def apply(self, w: Tensor) -> Tensor:
         """left @ w @ right."""
@@ -64,19 +70,19 @@ def _times(factor: Tensor, w: Tensor) -> Tensor:
 
 
 class Measure(Protocol):
-    """How the metric of one site is read off the inputs that reach it."""
+    """How the metric of one site is read off what reaches it: its inputs, or the gradients of its weight."""
 
     @property
-    def needs_data(self) -> bool:
-        """Whether statistics must be collected before `metric` can be called."""
+    def needs(self) -> Need:
+        """What `fold` must see before `metric` can be called."""
         ...
 
     def fold(self, x: Tensor) -> Tensor:
-        """The statistic of inputs x (tokens, n), summed over tokens."""
+        """The statistic of inputs (tokens, n), summed over tokens, or that of one batch's gradient (m, n)."""
         ...
 
     def metric(self, mean: Tensor | None) -> Metric:
-        """The metric, from the statistic's mean over all tokens."""
+        """The metric, from the statistic's mean over all tokens, or over all batches' gradients."""
         ...
 
 
@@ -84,7 +90,7 @@ class Measure(Protocol):
 class Plain:
     """Every entry of the weight counts the same: no data is needed."""
 
-    needs_data = False
+    needs: ClassVar[Need] = "nothing"
 
     def fold(self, x: Tensor) -> Tensor:
         """Nothing to remember."""
@@ -104,7 +110,7 @@ class AbsMean:
 
     alpha: float = 0.5
     eps: float = 1e-6
-    needs_data = True
+    needs: ClassVar[Need] = "inputs"
 
     def fold(self, x: Tensor) -> Tensor:
         """Sum of |x|, (n,)."""
@@ -123,13 +129,10 @@ class Gram:
     """
 
     ridge: float = 0.0
-    needs_data = True
+    needs: ClassVar[Need] = "inputs"
 
     def __post_init__(self) -> None:
-        if not self.ridge >= 0:
-            raise ValueError(
-                f"ridge {self.ridge} is negative; it is a share of the mean of the diagonal, e.g. 1e-3"
-            )
+        _require_share(self.ridge)
 
     def fold(self, x: Tensor) -> Tensor:
         """Sum of x x^T, (n, n)."""
@@ -140,7 +143,67 @@ class Gram:
         return Metric(right=linalg.whiten(_present(mean), self.ridge).factor)
 
 
-MEASURES: dict[str, Measure] = {"plain": Plain(), "absmean": AbsMean(), "gram": Gram()}
+@dataclass(frozen=True, slots=True)
+class Covariance:
+    """Like `Gram`, with the inputs' mean left to the bias: the principal components of the outputs.
+
+        right right^T = C + ridge * mean(diag) * I,   C = E[x x^T] - E[x] E[x]^T,   bias + (w - op) E[x]
+
+    The outputs' covariance is w C w^T, so their top eigenvectors U give op = U U^T w and the bias
+    U U^T bias + (I - U U^T) E[y] of atomic feature mimicking (arXiv:2405.18146), with one statistic for all
+    sites that share an input. Never worse than `Gram` on the data it was read off.
+    """
+
+    ridge: float = 0.0
+    needs: ClassVar[Need] = "inputs"
+
+    def __post_init__(self) -> None:
+        _require_share(self.ridge)
+
+    def fold(self, x: Tensor) -> Tensor:
+        """Sum of z z^T for z = (x, 1), (n + 1, n + 1)."""
+        # In float64, because C is a difference that cancels where the mean is large.
+        z = nn.functional.pad(x.double(), (0, 1), value=1.0)
+        return z.mT @ z
+
+    def metric(self, mean: Tensor | None) -> Metric:
+        """A triangular matrix on the right, and the mean."""
+        both = _present(mean).double()
+        second, first = both[:-1, :-1], both[-1, :-1]
+        return Metric(right=linalg.whiten(second - torch.outer(first, first), self.ridge).factor, mean=first)
+
+
+@dataclass(frozen=True, slots=True)
+class Fisher:
+    """Columns count by how much the loss feels them (FWSVD, arXiv:2207.00112).
+
+        right = diag(f)^(1/2),   f_j = sum_i E[(dL/dw_ij)^2]
+
+    The mean runs over calibration batches: with one sample in each it is the empirical Fisher information,
+    with more it is less than that. A weight that no batch's loss feels counts evenly.
+    """
+
+    needs: ClassVar[Need] = "gradients"
+
+    def fold(self, x: Tensor) -> Tensor:
+        """Squares of a gradient (m, n), summed over rows, (n,)."""
+        norms: Tensor = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64)
+        return norms.square()
+
+    def metric(self, mean: Tensor | None) -> Metric:
+        """A diagonal on the right."""
+        root = _present(mean).double().sqrt()
+        return Metric(right=torch.where(root.any(), root, 1.0))
+
+
+def _require_share(ridge: float) -> None:
+    if not ridge >= 0:
+        raise ValueError(f"ridge {ridge} is negative; it is a share of the mean of the diagonal, e.g. 1e-3")
+
+
+MEASURES: dict[str, Measure] = {
+    "plain": Plain(), "absmean": AbsMean(), "gram": Gram(), "covariance": Covariance(), "fisher": Fisher(),
+}  # fmt: skip
 
 
 def _present(mean: Tensor | None) -> Tensor:
@@ -154,6 +217,20 @@ def call(model: nn.Module, batch: Any) -> object:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
+def reported_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a model reports of itself, as those of transformers do for a batch with `labels`.
+
+    Raises ValueError when it reports none.
+    """
+    loss = getattr(call(model, batch), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"{type(model).__name__} reports no loss for this batch, and gradients need one; put `labels` into "
+            "the batch, or pass loss=, a function of the model and a batch"
+        )
+    return loss
+
+
 def collect(
     model: nn.Module,
     batches: Batches,
@@ -161,28 +238,94 @@ def collect(
     sites: Mapping[str, nn.Module],
     *,
     forward: Forward = call,
+    loss: Loss = reported_loss,
 ) -> dict[str, Tensor]:
-    """Run the batches through the model and return each site's mean statistic, in float32.
+    """Run the batches through the model and return each site's mean statistic, in float32 or wider.
 
-    Sites that receive the very same tensor (q, k and v of an attention) share one accumulator. Raises
-    ValueError for a site that no batch reaches, or whose inputs hold NaN or Inf.
+    `forward` runs the model for a measure of inputs, `loss` for one of gradients. Sites that receive the very
+    same tensor (q, k and v of an attention) share one accumulator; of gradients no more than one is held at a
+    time. Raises ValueError for a site that no batch reaches, or whose inputs or gradients hold NaN or Inf.
     """
+    if measure.needs == "gradients":
+        return _collect_gradients(model, batches, measure, sites, loss)
     tally = _Tally(measure)
     hooks = [m.register_forward_pre_hook(tally.hook(name), with_kwargs=True) for name, m in sites.items()]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches:
                 tally.seen.clear()
                 forward(model, batch)
     finally:
         tally.seen.clear()
-        for module, training in modes.items():
-            module.training = training
         for hook in hooks:
             hook.remove()
     return {name: tally.mean(name) for name in sites}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode for a while, then each in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _collect_gradients(
+    model: nn.Module, batches: Batches, measure: Measure, sites: Mapping[str, nn.Module], loss: Loss
+) -> dict[str, Tensor]:
+    weights = {name: module.get_parameter("weight") for name, module in sites.items()}
+    sums: dict[str, Tensor] = {}
+    count = 0
+
+    def see(name: str) -> Callable[[Tensor], None]:
+        def fold(weight: Tensor) -> None:
+            if weight.grad is not None:
+                new = measure.fold(weight.grad)
+                sums[name] = sums[name] + new if name in sums else new
+                weight.grad = None
+
+        return fold
+
+    with evaluating(model), _learning(model, list(weights.values())), torch.enable_grad():
+        listen = Tensor.register_post_accumulate_grad_hook
+        hooks = [listen(w, see(name)) for name, w in weights.items()]  # type: ignore[no-untyped-call]
+        try:
+            for batch in batches:
+                felt = loss(model, batch)
+                if felt.requires_grad:
+                    torch.autograd.backward(felt)
+                count += 1
+        finally:
+            for hook in hooks:
+                hook.remove()
+    for name in weights:
+        if name not in sums:
+            raise ValueError(f"no calibration batch reached {name}; use more data or leave the site out")
+        linalg.require_finite(sums[name], f"the gradient statistic of {name}")
+    return {name: sums[name] / count for name in weights}
+
+
+@contextmanager
+def _learning(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+    """Only these weights want gradients for a while, and hold none; then all is as it was."""
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    held = [(w, w.grad) for w in weights]
+    try:
+        for p, _ in wanted:
+            p.requires_grad_(False)
+        for w in weights:
+            w.grad = None
+            w.requires_grad_(True)
+        yield
+    finally:
+        for p, was in wanted:
+            p.requires_grad_(was)
+        for w, grad in held:
+            w.grad = grad
 
 
 class _Tally:

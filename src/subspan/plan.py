@@ -34,7 +34,10 @@ def numbers(rank: int, m: int, n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SitePlan:
-    """One row: `form` is `lowrank` (two factors), `dense` (truncated, multiplied back) or `keep` (untouched)."""
+    """One row: `form` is `lowrank` (two factors), `dense` (truncated, multiplied back) or `keep` (untouched).
+
+    `bias` counts the numbers of a bias that a changed layer gains, where it had none.
+    """
 
     shape: tuple[int, int]
     rank: int
@@ -44,6 +47,7 @@ class SitePlan:
     bytes_after: int
     error: float
     reason: str
+    bias: int = 0
 
     @property
     def full(self) -> int:
@@ -79,6 +83,12 @@ class Plan:
         before = sum(s.bytes_before for s in self.sites.values())
         return before + self.other_bytes, sum(s.bytes_after for s in self.sites.values()) + self.other_bytes
 
+    @property
+    def target(self) -> Mapping[str, float]:
+        """What was asked for, such as {"err": 0.5}; empty where nobody said."""
+        found = self.args.get("target")
+        return found if isinstance(found, Mapping) else {}
+
     def ranks(self) -> dict[str, int]:
         """Site -> rank."""
         return {name: site.rank for name, site in self.sites.items()}
@@ -100,13 +110,21 @@ class Plan:
             _whole(site.rank, name)
             linalg.check_rank(site.rank, *site.shape, name)
 
+    def title(self) -> str:
+        """Method, ranks removed, numbers kept and bytes, which are three things; beside one what was asked."""
+        before, after = self.bytes
+        asked = {kind: _asked(kind, value) for kind, value in self.target.items()}
+        return (
+            f"{self.method}: rank reduction {self.err:.1%}{asked.get('err', '')}, "
+            f"numbers kept {self.ratio:.1%}{asked.get('ratio', '')}, "
+            f"bytes {before / 2**20:.1f} -> {after / 2**20:.1f} MiB{asked.get('bytes', '')}"
+        )
+
     def table(self, limit: int | None = None) -> Table:
         """The plan as a printable table; `limit` rows at most."""
-        before, after = self.bytes
         table = Table(
             Column("site", overflow="fold"), "shape", "rank", "form", "error", "reason", box=box.SIMPLE_HEAD,
-            title=f"{self.method}: rank reduction {self.err:.1%}, numbers kept {self.ratio:.1%}, "
-            f"bytes {before / 2**20:.1f} -> {after / 2**20:.1f} MiB",
+            title=self.title(),
         )  # fmt: skip
         for name, s in list(self.sites.items())[:limit]:
             shape, rank = f"{s.shape[0]}x{s.shape[1]}", f"{s.rank}/{s.full}"
@@ -118,7 +136,13 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the shape of the json file."""
         before, after = self.bytes
-        totals = {"err": self.err, "ratio": self.ratio, "bytes_before": before, "bytes_after": after}
+        totals: dict[str, Any] = {
+            "err": self.err,
+            "ratio": self.ratio,
+            "bytes_before": before,
+            "bytes_after": after,
+        }
+        totals["target"] = dict(self.target)
         sites = {name: asdict(site) for name, site in self.sites.items()}
         return {
             "method": self.method, "args": dict(self.args), "sites": sites,
@@ -167,6 +191,7 @@ def site_plan(
     bits: int,
     reason: str = "",
     where: str = "matrix",
+    bias: int = 0,
 ) -> SitePlan:
     """The row for a rank: two factors below break-even, dense above it, untouched at full rank."""
     m, n = shape
@@ -177,11 +202,30 @@ def site_plan(
         "lowrank": f"{rank * (m + n) / (m * n):.0%} of the numbers",
         "dense": f"past break-even {break_even(m, n)}",
     }
-    cost = numbers(rank, m, n) if form == "lowrank" else m * n
     return SitePlan(
-        shape, rank, form, bits, m * n * bits // 8, cost * bits // 8,
-        0.0 if form == "keep" else error(rank), reason or why[form],
+        shape, rank, form, bits, m * n * bits // 8, _cost(shape, rank, form, bias) * bits // 8,
+        0.0 if form == "keep" else error(rank), reason or why[form], bias,
     )  # fmt: skip
+
+
+def priced(site: SitePlan) -> SitePlan:
+    """The row with its bytes reckoned anew from shape, rank, form, bits and bias."""
+    m, n = site.shape
+    before, after = m * n, _cost(site.shape, site.rank, site.form, site.bias)
+    return replace(site, bytes_before=before * site.bits // 8, bytes_after=after * site.bits // 8)
+
+
+def _cost(shape: tuple[int, int], rank: int, form: Form, bias: int) -> int:
+    """How many numbers a site then stores, a bias that it gains included."""
+    m, n = shape
+    return m * n if form == "keep" else bias + (rank * (m + n) if form == "lowrank" else m * n)
+
+
+def _asked(kind: str, value: object) -> str:
+    """A target as it stands behind what was reached."""
+    if not isinstance(value, int | float):
+        return ""
+    return f" (at most {value / 2**20:.1f})" if kind == "bytes" else f" (target {value:.1%})"
 
 
 def _whole(rank: object, where: str) -> None:
@@ -198,9 +242,7 @@ def _row(row: Mapping[str, Any], where: str) -> SitePlan:
             f"{where} is not a row of a subspan plan: {problem}; make one with `subspan plan`"
         ) from None
     _whole(site.rank, where)
+    _whole(site.bias, where)
     if site.form not in get_args(Form):
         raise ValueError(f"{where}: form {site.form!r} is unknown; choose one of {', '.join(get_args(Form))}")
-    m, n = site.shape
-    after = site.rank * (m + n) if site.form == "lowrank" else m * n
-    rank = min(m, n) if site.form == "keep" else site.rank
-    return replace(site, rank=rank, bytes_before=m * n * site.bits // 8, bytes_after=after * site.bits // 8)
+    return priced(replace(site, rank=site.full if site.form == "keep" else site.rank))

@@ -1,6 +1,5 @@
 """Every budget keeps the Budget contract; WeLore and Energy equal their definitions, written out literally."""
 
-import itertools
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -404,106 +403,6 @@ def test_an_outlier_makes_a_matrix_look_low_rank():
 def test_a_spectrum_without_a_tail_is_refused_by_name(s):
     with pytest.raises(ValueError, match=r"head: all singular values equal .*leave the site out"):
         WeLore(Err(0.5))({"head": s}, {"head": (len(s), 9)})
-
-
-# ---- the least loss, against every combination of ranks there is ----
-
-TINY: Shapes = {"a": (8, 14), "b": (16, 10), "c": (9, 20)}
-
-
-def tiny(seed: int, by: str) -> tuple[Spectra, dict[str, float]]:
-    g, spectra = torch.Generator().manual_seed(seed), {}
-    for i, (name, shape) in enumerate(TINY.items()):
-        decay = torch.exp(-(0.15 + 0.25 * i) * torch.arange(min(shape)))
-        noise = 0.5 + torch.rand(min(shape), dtype=torch.float64, generator=g)
-        spectra[name] = 3.0**-i * (noise * decay).sort(descending=True).values
-    total = {name: float(s.square().sum()) for name, s in spectra.items()}
-    weight = {"output": dict.fromkeys(TINY, 1.0), "relative": {name: 1 / x for name, x in total.items()}}
-    return spectra, weight.get(by, {"a": 0.2, "b": 3.0, "c": 40.0})
-
-
-def everything(spectra: Spectra, weight: dict[str, float]) -> list[tuple[int, float, dict[str, int]]]:
-    """Cost, error and ranks of every combination."""
-    found = []
-    for ranks in itertools.product(*(range(1, min(shape) + 1) for shape in TINY.values())):
-        chosen = dict(zip(TINY, ranks, strict=True))
-        cost = sum(numbers(r, *TINY[name]) for name, r in chosen.items())
-        found.append((cost, error_of(chosen, spectra, weight), chosen))
-    return found
-
-
-def error_of(ranks: dict[str, int], spectra: Spectra, weight: dict[str, float]) -> float:
-    return math.fsum(
-        weight[name] * math.fsum(x * x for x in spectra[name].tolist()[r:]) for name, r in ranks.items()
-    )
-
-
-def at_price(price: float, every: list[tuple[int, float, dict[str, int]]]) -> tuple[int, float, dict[str, int]]:
-    """The optimum where every number costs this much error."""
-    return min(every, key=lambda row: (row[1] + price * row[0], row[0]))
-
-
-BY = ["loss", "output", "relative"]
-
-
-@pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("seed", range(3))
-def test_the_least_loss_is_the_optimum_at_any_price_of_a_number(seed, by):
-    spectra, weight = tiny(seed, by)
-    every = everything(spectra, weight)
-    corners = {cost: ranks for cost, _, ranks in (at_price(10.0 ** (x / 20), every) for x in range(-160, 40))}
-    assert len(corners) > 8
-    for cost, ranks in corners.items():
-        assert LeastLoss(Bytes(4 * cost), by, scores=weight)(spectra, TINY) == ranks
-
-
-@pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("seed", range(3))
-def test_between_prices_the_least_loss_is_off_by_less_than_one_step_of_the_hull(seed, by):
-    spectra, weight = tiny(seed, by)
-    every = everything(spectra, weight)
-    corners = sorted({row[:2] for row in (at_price(10.0 ** (x / 20), every) for x in range(-160, 40))})
-    for (cost, error), (above, better) in pairwise(corners):
-        for room in range(cost, above):
-            ranks = LeastLoss(Bytes(4 * room), by, scores=weight)(spectra, TINY)
-            reached = error_of(ranks, spectra, weight)
-            best = min(row[1] for row in every if row[0] <= room)
-            assert sum(numbers(r, *TINY[name]) for name, r in ranks.items()) <= room
-            assert best - 1e-12 <= reached <= error + 1e-12 and reached - best <= error - better + 1e-12
-
-
-@pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("target", TARGETS, ids=repr)
-def test_the_least_loss_never_stores_factors_that_do_not_pay(target, by):
-    ranks = LeastLoss(target, by, scores=SCORES)(SPECTRA, SHAPES)
-    assert all(r <= break_even(*SHAPES[name]) or r == min(SHAPES[name]) for name, r in ranks.items())
-
-
-@pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("count", range(3000, WHOLE, 500))
-def test_the_least_loss_leaves_no_room_for_another_rank(count, by):
-    ranks = LeastLoss(Bytes(count), by, scores=SCORES)(SPECTRA, SHAPES)
-    used = sum(4 * numbers(r, *SHAPES[name]) for name, r in ranks.items())
-    assert used <= count < used + 4 * max(m + n for m, n in SHAPES.values())
-
-
-def test_the_least_loss_of_equal_scores_is_that_of_the_outputs():
-    for target in TARGETS:
-        even = LeastLoss(target, scores=dict.fromkeys(SHAPES, 7.0))(SPECTRA, SHAPES)
-        assert even == LeastLoss(target, by="output")(SPECTRA, SHAPES)
-
-
-def test_a_site_whose_factors_never_pay_is_kept_whole():
-    shapes = {"row": (1, 9), "two": (2, 2), "wide": (8, 9)}
-    spectra = {name: torch.linspace(2, 1, min(shape)).double() for name, shape in shapes.items()}
-    assert LeastLoss(Ratio(0.3), by="output")(spectra, shapes) == {"row": 1, "two": 2, "wide": 1}
-
-
-def test_a_site_that_the_loss_does_not_feel_is_cut_first():
-    shapes = {"felt": (8, 8), "idle": (8, 8)}
-    spectra = {name: torch.linspace(2, 1, 8).double() for name in shapes}
-    ranks = LeastLoss(Ratio(0.625), scores={"felt": 1.0, "idle": 0.0})(spectra, shapes)
-    assert ranks == {"felt": 8, "idle": 1}
 
 
 @pytest.mark.parametrize("budget", [LeastLoss(Err(0.5)), Owl(Err(0.5)), BlockInfluence(Err(0.5))], ids=repr)

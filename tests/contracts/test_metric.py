@@ -2,13 +2,26 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from subspan.metric import MEASURES, AbsMean, Gram, Measure, Metric, Plain, collect
+from subspan.metric import (
+    MEASURES,
+    AbsMean,
+    Covariance,
+    Fisher,
+    Gram,
+    Measure,
+    Metric,
+    Plain,
+    collect,
+    evaluating,
+    reported_loss,
+)
 
 M, N = 5, 4
 
@@ -107,6 +120,10 @@ def literal_absmean(x: Tensor) -> Tensor:
     return sum((row.abs() for row in x), torch.zeros(x.shape[1], dtype=x.dtype)) / len(x)
 
 
+def literal_second(x: Tensor) -> Tensor:
+    return literal_gram(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+
+
 # measure -> (the statistic's mean over tokens x (tokens, n), right @ right.mT of the metric read off that mean)
 DATA: dict[str, tuple[Measure, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "gram": (Gram(), literal_gram, lambda h: h),
@@ -117,6 +134,7 @@ DATA: dict[str, tuple[Measure, Callable[[Tensor], Tensor], Callable[[Tensor], Te
     ),
     "absmean": (AbsMean(), literal_absmean, lambda a: torch.diag((a.sqrt() + 1e-6) ** 2)),
     "absmean-1": (AbsMean(alpha=1.0, eps=0.0), literal_absmean, lambda a: torch.diag(a**2)),
+    "covariance": (Covariance(), literal_second, lambda h: h[:-1, :-1] - torch.outer(h[-1, :-1], h[-1, :-1])),
     "absmean-0": (AbsMean(alpha=0.0, eps=0.0), literal_absmean, lambda a: torch.eye(len(a), dtype=a.dtype)),
 }
 
@@ -198,7 +216,7 @@ class Counting:
     """A Gram that counts how often it is asked."""
 
     calls: list[int] = field(default_factory=list)
-    needs_data = True
+    needs = "inputs"
 
     def fold(self, x: Tensor) -> Tensor:
         self.calls.append(len(x))
@@ -308,6 +326,15 @@ def test_collect_leaves_no_trace_even_after_an_error(fails):
     }  # fmt: skip
 
 
+def test_evaluating_lasts_as_long_as_it_is_asked_to():
+    model = Attention().train()
+    model.drop.eval()
+    with pytest.raises(RuntimeError, match="midway"), evaluating(model):
+        assert not any(m.training for m in model.modules())
+        raise RuntimeError("midway")
+    assert [m.training for m in model.modules()] == [m is not model.drop for m in model.modules()]
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_mode_of_the_model_is_restored(training):
     model = Attention().train(training)
@@ -335,7 +362,7 @@ def test_bad_inputs_are_named_by_the_site_that_gets_them(bad, measure):
         collect(model, [rand(5, N)], measure, linears(model))
 
 
-@pytest.mark.parametrize("name", [name for name, m in MEASURES.items() if m.needs_data])
+@pytest.mark.parametrize("name", [name for name, m in MEASURES.items() if m.needs != "nothing"])
 def test_a_measure_of_data_without_data_says_what_to_pass(name):
     with pytest.raises(ValueError, match="calibration batches"):
         MEASURES[name].metric(None)
@@ -343,4 +370,125 @@ def test_a_measure_of_data_without_data_says_what_to_pass(name):
 
 def test_plain_is_the_identity_and_needs_no_data():
     metric = Plain().metric(None)
-    assert metric.left is None and metric.right is None and not Plain().needs_data
+    assert (metric.left, metric.right, metric.mean) == (None, None, None)
+    assert Plain().needs == "nothing"
+
+
+# ---- gradients ----
+
+
+def squared_error(model: nn.Module, batch: Tensor) -> Tensor:
+    return (model(batch) - 1.0).square().sum()
+
+
+def gradients_of(model: nn.Module, batches: list[Tensor]) -> dict[str, list[Tensor]]:
+    """The gradient of every weight for every batch, by autograd, in eval mode."""
+    model.eval()
+    found = linears(model)
+    rows = [torch.autograd.grad(squared_error(model, x), [m.weight for m in found.values()]) for x in batches]
+    return {name: [row[i] for row in rows] for i, name in enumerate(found)}
+
+
+def test_fisher_is_the_mean_over_batches_of_squared_gradients_summed_over_rows():
+    model, batches = Attention().train(), [rand(3, N), rand(1, 7, N, seed=1), rand(4, N, seed=2)]
+    means = collect(model, batches, Fisher(), linears(model), loss=squared_error)
+    for name, grads in gradients_of(model, batches).items():
+        f = torch.stack([g.square().sum(0) for g in grads]).mean(0)
+        assert_close(means[name], f, rtol=1e-12, atol=0.0, msg=name)
+        assert_close(Fisher().metric(means[name]).right, f.sqrt(), rtol=1e-12, atol=0.0)
+
+
+def test_fisher_does_not_feel_the_scale_of_the_loss():
+    model, x = Attention(), [rand(5, N)]
+    one, other = (
+        collect(model, x, Fisher(), linears(model), loss=lambda m, b, c=c: c * squared_error(m, b))
+        for c in (1.0, 3.0)
+    )
+    for name in one:
+        assert_close(other[name], 9 * one[name])
+
+
+def test_fisher_counts_evenly_what_no_loss_feels():
+    assert torch.equal(Fisher().metric(torch.zeros(N)).right, torch.ones(N).double())
+
+
+def test_at_most_one_gradient_is_held_and_none_stays():
+    model = Attention().train()
+    model.q.weight.requires_grad_(False)
+    model.k.weight.grad = torch.full((N, N), 7.0).double()
+    kept, weights, held = model.k.weight.grad, [m.weight for m in linears(model).values()], []
+
+    class Watching(Counting):
+        needs = "gradients"
+
+        def fold(self, x: Tensor) -> Tensor:
+            held.append(sum(w.grad is not None for w in weights))
+            return x
+
+    with torch.no_grad():
+        collect(model, [rand(5, N), rand(2, N)], Watching(), linears(model), loss=squared_error)
+    assert held == [1] * 8
+    assert model.k.weight.grad is kept and sum(p.grad is not None for p in model.parameters()) == 1
+    assert not model.q.weight.requires_grad and sum(not p.requires_grad for p in model.parameters()) == 1
+    assert all(m.training for m in model.modules())
+    assert not any(w._post_accumulate_grad_hooks for w in weights)
+
+
+def test_the_loss_a_model_reports_is_the_one_gradients_are_taken_of():
+    class Reporting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Attention().eval()
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+            y = self.net(x)
+            return SimpleNamespace(loss=None if labels is None else (y - labels).square().sum())
+
+    model, x = Reporting(), rand(5, N)
+    batch = {"x": x, "labels": torch.ones(5, N).double()}
+    found = collect(model, [batch], Fisher(), linears(model))
+    for name, grads in gradients_of(model.net, [x]).items():
+        assert_close(found[f"net.{name}"], grads[0].square().sum(0))
+    assert reported_loss(model, batch).item() == squared_error(model.net, x).item()
+    with pytest.raises(ValueError, match=r"Reporting reports no loss for this batch.*`labels`.*loss="):
+        collect(model, [{"x": x}], Fisher(), linears(model))
+
+
+@pytest.mark.parametrize("batches", [[], [rand(5, N)]], ids=["no batch", "unfelt"])
+def test_a_weight_that_no_loss_feels_is_named(batches):
+    model = Flow(lambda a, b, x: a(x))
+    with pytest.raises(ValueError, match=r"no calibration batch reached .*leave the site out"):
+        collect(model, batches, Fisher(), linears(model), loss=squared_error)
+
+
+def test_a_batch_that_no_weight_feels_counts_as_a_gradient_of_zero():
+    model = Flow(lambda a, b, x: b(a(x)) if x.sum() > 0 else x)
+    x = rand(5, N).abs()
+    one = collect(model, [x], Fisher(), linears(model), loss=squared_error)
+    two = collect(model, [x, -x], Fisher(), linears(model), loss=squared_error)
+    for name in one:
+        assert_close(two[name], one[name] / 2)
+
+
+def test_a_bad_gradient_is_named_by_its_weight():
+    model = Flow(lambda a, b, x: b(a(x)) * float("nan"))
+    with pytest.raises(ValueError, match=r"gradient statistic of a .*nan"):
+        collect(model, [rand(5, N)], Fisher(), linears(model), loss=squared_error)
+
+
+# ---- the mean ----
+
+
+def test_covariance_is_that_of_the_inputs_even_where_the_mean_is_large():
+    x = rand(50, N) + torch.tensor([0.0, 1.0, 1e3, 1e5]).double()
+    metric = Covariance().metric(Covariance().fold(x.float()) / 50)
+    x = x.float().double()
+    assert metric.mean is not None and metric.right is not None
+    assert_close(metric.mean, x.mean(0), rtol=1e-12, atol=0.0)
+    assert_close(metric.right @ metric.right.mT, torch.cov(x.mT, correction=0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("measure", [Gram, Covariance])
+def test_a_negative_ridge_is_refused(measure):
+    with pytest.raises(ValueError, match=r"ridge -1 is negative; .*e\.g\. 1e-3"):
+        measure(ridge=-1)

@@ -12,12 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from subspan.budget import Energy, Err, Ratio, Target, Uniform, WeLore
 from subspan.compress import Compression, compress, study
 from subspan.methods import build, methods
-from subspan.metric import AbsMean, Gram, Measure, Metric, Plain, collect
+from subspan.metric import AbsMean, Covariance, Fisher, Gram, Measure, Metric, Plain, collect
 from subspan.ops import Dense, LowRank, OpLinear
 from subspan.plan import Plan
 
 PRESETS = sorted(methods("compression"))
-MEASURES: dict[str, Measure] = {"plain": Plain(), "absmean": AbsMean(), "gram": Gram(), "gram-ridge": Gram(0.1)}
+MEASURES: dict[str, Measure] = {
+    "plain": Plain(), "absmean": AbsMean(), "gram": Gram(), "gram-ridge": Gram(0.1), "covariance": Covariance(),
+    "fisher": Fisher(),
+}  # fmt: skip
 TARGETS: tuple[Target, ...] = (Err(0.2), Err(0.7), Ratio(0.4), Ratio(0.9))
 
 
@@ -38,7 +41,7 @@ def llama() -> LlamaForCausalLM:
 
 def batches() -> list[dict[str, Tensor]]:
     ids = torch.randint(30, (3, 4, 9), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": batch} for batch in ids]
+    return [{"input_ids": batch, "labels": batch} for batch in ids]
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -105,7 +108,7 @@ def preset(request) -> str:
 
 
 def test_there_are_published_methods():
-    assert {"svd", "asvd", "svd_llm", "welore"} <= set(PRESETS)
+    assert {"svd", "asvd", "svd_llm", "welore", "welore_asvd", "fwsvd", "lord", "afm"} <= set(PRESETS)
 
 
 def test_a_preset_is_a_value_with_a_repr_that_says_all(preset):
@@ -137,7 +140,10 @@ def test_a_preset_predicts_what_it_then_does(llama, preset, target):
                 continue
             assert isinstance(now.op, LowRank if site.form == "lowrank" else Dense), name
             assert float(torch.linalg.svdvals(now.weight)[site.rank :].max()) < 1e-10
-            assert now.bias is found[name].bias
+            if metric.mean is None:
+                assert now.bias is found[name].bias
+            else:
+                assert_close(now.bias, (weights[name] - now.weight) @ metric.mean, rtol=1e-9, atol=1e-12)
     assert torch.equal(logits(llama), before)
     assert list(llama.state_dict()) == list(state)
     assert all(torch.equal(p, state[name]) for name, p in llama.state_dict().items())

@@ -19,6 +19,7 @@ VERBS = {
     "inspect": "Show what a model's weights look like: spectra, effective ranks, what is low-rank.",
     "plan": "Choose ranks, or see what an optimizer will hold, before anything is changed.",
     "compress": "Replace layers by low-rank ones, by a plan or by a method, and save the model.",
+    "export": "Write a compressed model for software that does not know subspan.",
     "train": "Train a small language model from scratch with any optimizer of the list.",
     "finetune": "Train an adapter, the low-rank parts, or all weights of a model on your text.",
     "eval": "Score a model on text: perplexity, and its speed if asked.",

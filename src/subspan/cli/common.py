@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -46,6 +48,13 @@ Calibrate = Annotated[
 Ratio = Annotated[float | None, typer.Option("--ratio", help="Keep this share of the numbers, in (0, 1].")]
 Err = Annotated[float | None, typer.Option("--err", help="Remove this share of all ranks, in 0 to 1.")]
 Energy = Annotated[float | None, typer.Option("--energy", help="Keep this share of every layer's sum of s^2.")]
+Bytes = Annotated[
+    int | None,
+    typer.Option(
+        "--bytes", metavar="SIZE", parser=lambda text: parse_bytes(text),
+        help="Fit the whole model into this, e.g. 400MiB or 1.5GB.",
+    ),
+]  # fmt: skip
 Metric = Annotated[
     str | None,
     typer.Option("--metric", help="What is close: plain, absmean or gram; by default the method's own."),
@@ -199,6 +208,19 @@ def outcome(title: str, found: Mapping[str, Any]) -> Table:
         "speed": f"{found['tokens_per_second']:,.0f} tokens per second",
     }
     return facts(title, rows)
+
+
+def parse_bytes(text: str) -> int:
+    """A size as people write it; raises typer.BadParameter for anything else.
+
+    >>> parse_bytes("100MB"), parse_bytes("1.5 KiB"), parse_bytes("7")
+    (100000000, 1536, 7)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?", str(text).strip().upper())
+    if not found:
+        raise typer.BadParameter(f"{text!r} is not a size; write one such as 400MiB, 1.5GB or 123456789")
+    number, unit, binary = found.groups()
+    return int(Fraction(number) * (1024 if binary else 1000) ** (" KMGT".index(unit) if unit else 0))
 
 
 def mebibytes(count: int) -> str:

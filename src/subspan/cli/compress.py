@@ -9,6 +9,7 @@ import typer
 
 from subspan.cli.common import (
     LIMIT,
+    Bytes,
     Calibrate,
     Debug,
     Device,
@@ -32,8 +33,10 @@ from subspan.cli.common import (
     note_unused,
     one_of,
 )
+from subspan.compress import OneShot, Walk
 from subspan.hosts import folders, jobs
 from subspan.io import WEIGHTS
+from subspan.walk import Blockwise
 
 EXAMPLE = "subspan compress smollm2 --method svd_llm --err 0.3 --calibrate @prose -o out"
 
@@ -46,11 +49,15 @@ def run(
     ratio: Ratio = None,
     err: Err = None,
     energy: Energy = None,
+    bytes: Bytes = None,
     metric: Metric = None,
     select: Select = None,
     calibrate: Calibrate = None,
     tokens: Tokens = 8192,
     window: Window = None,
+    blockwise: Annotated[
+        bool, typer.Option("--blockwise", help="Calibrate every block through the ones already compressed.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
     seed: Seed = 0,
@@ -62,7 +69,7 @@ def run(
 
     OUT is a model folder like any other: give it to `subspan eval`, `finetune` or `inspect`.
     """
-    sizes = {"ratio": ratio, "err": err, "energy": energy}
+    sizes = {"ratio": ratio, "err": err, "energy": energy, "bytes": bytes}
     if one_of(plan=plan, method=method) == "plan":
         refuse_with_plan(**sizes, metric=metric, select=select)
     else:
@@ -73,15 +80,15 @@ def run(
     args = given.args if given else jobs.encode(jobs.target_of(**sizes), metric)
     made = jobs.decode(name, args)
     jobs.require_data(name, made, calibrate)
-    note_unused(name, calibrate, needed=made.measure.needs_data)
+    note_unused(name, calibrate, needed=made.needs_data)
     loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed, merged=True)
     batches = jobs.calibration(loaded, made, calibrate, limit=tokens, window=window)
     track = bar("decomposing")
+    walk: Walk = Blockwise() if blockwise else OneShot()
     if given:
-        jobs.follow_plan(loaded.model, given, batches=batches, track=track)
+        given, _ = jobs.follow_plan(loaded.model, given, batches=batches, track=track, walk=walk)
     else:
-        given, study = jobs.make_plan(loaded.model, name, args, select=select, batches=batches, track=track)
-        study.apply(loaded.model, given)
+        given, _ = jobs.do_method(loaded.model, name, args, select=select, batches=batches, track=track, walk=walk)
     folders.save_model(out, loaded, {"method": given.method, "plan": given.to_dict()}, force=force)
     size = (out / WEIGHTS).stat().st_size
     done = f"wrote {out}: {WEIGHTS} has {mebibytes(size)}"

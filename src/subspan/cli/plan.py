@@ -11,6 +11,7 @@ from torch import nn
 
 from subspan.cli.common import (
     LIMIT,
+    Bytes,
     Calibrate,
     Debug,
     Device,
@@ -41,7 +42,7 @@ from subspan.optim import hidden_matrices, ledger
 
 EXAMPLE = "subspan plan smollm2 --method svd_llm --err 0.3 --calibrate @prose -o p.json"
 COMPRESSION = (
-    "ratio", "err", "energy", "metric", "out", "select", "calibrate", "tokens", "window", "force",
+    "ratio", "err", "energy", "bytes", "metric", "out", "select", "calibrate", "tokens", "window", "force",
 )  # fmt: skip
 TRAINING = ("rank", "every", "where", "shards")
 
@@ -69,6 +70,7 @@ def run(
     ratio: Ratio = None,
     err: Err = None,
     energy: Energy = None,
+    bytes: Bytes = None,
     metric: Metric = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="PLAN.JSON", help="Write the plan to this file.")
@@ -86,7 +88,7 @@ def run(
 ) -> Result:
     """Choose ranks, or see what an optimizer will hold, before anything is changed.
 
-    With --method the plan is a table that you can print, edit as a file and give to `subspan compress --plan`. With
+    With --method the plan is a table to print, to edit as a file and to give to `subspan compress --plan`. With
     --optimizer it is the bytes that training will hold, beside AdamW's, and where a subspace does not pay.
     """
     if one_of(method=method, optimizer=optimizer) == "optimizer":
@@ -96,11 +98,12 @@ def run(
         )
     refuse(ctx, TRAINING, "is for --optimizer; leave it out with --method")
     method = str(method)
-    one_of(ratio=ratio, err=err, energy=energy)
-    args = jobs.encode(jobs.target_of(ratio=ratio, err=err, energy=energy), metric)
+    sizes = {"ratio": ratio, "err": err, "energy": energy, "bytes": bytes}
+    one_of(**sizes)
+    args = jobs.encode(jobs.target_of(**sizes), metric)
     made = jobs.decode(method, args)
     jobs.require_data(method, made, calibrate)
-    note_unused(method, calibrate, needed=made.measure.needs_data)
+    note_unused(method, calibrate, needed=made.needs_data)
     if out is not None:
         jobs.vacant(out, force=force, reads=[model])
     loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed, merged=True)

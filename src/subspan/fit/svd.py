@@ -20,12 +20,13 @@ class Decomposition:
 
     With L w R = U S V^T the best rank-k matrix under |L (.) R|_F is L^-1 U_k S_k V_k^T R^-1, which equals
     (L^-1 U_k) (U_k^T L w): R need not be inverted, so a nearly singular R does no harm.
-    left (m, k), s (k,) the singular values under the metric, right (k, n).
+    left (m, k), s (k,) the singular values under the metric, right (k, n), mean (n,) the metric's own.
     """
 
     left: Tensor
     s: Tensor
     right: Tensor
+    mean: Tensor | None = None
 
     def cut(self, rank: int, where: str = "matrix") -> LowRank:
         """The best op of this rank, its singular values shared evenly between the factors."""
@@ -33,6 +34,12 @@ class Decomposition:
         # Where s vanishes the split does not matter; the floor keeps it finite.
         root = self.s[:rank].clamp_min(self.s[0] * 1e-12 + 1e-30).sqrt().to(self.left.dtype)
         return LowRank(self.left[:, :rank] * root, self.right[:rank] / root[:, None])
+
+    def shift(self, rank: int) -> Tensor | None:
+        """What the bias gains beside `cut(rank)`: (w - cut) mean, (m,), or None for a metric without a mean."""
+        if self.mean is None:
+            return None
+        return self.left[:, rank:] @ (self.right[rank:] @ self.mean.to(self.right.dtype))
 
     def error(self, rank: int) -> float:
         """The relative error of `cut(rank)`: sqrt(sum_{i > rank} s_i^2 / sum s_i^2)."""
@@ -47,7 +54,7 @@ def decompose(w: Tensor, metric: Metric = Metric(), *, solver: Solver = "exact")
     factors = (linalg.svd if solver == "exact" else linalg.svd_gram)(metric.apply(work).to(work.dtype))
     left = metric.solve_left(factors.u).to(work.dtype)
     right = factors.u.mT @ metric.apply_left(work).to(work.dtype)
-    return Decomposition(left, factors.s, right)
+    return Decomposition(left, factors.s, right, metric.mean)
 
 
 @dataclass(frozen=True, slots=True)

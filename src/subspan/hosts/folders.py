@@ -16,6 +16,7 @@ from subspan import io
 from subspan.adapt import Adapted, adapt
 from subspan.adapt.layer import Slot
 from subspan.edit import edit
+from subspan.hosts import quantizer
 from subspan.hosts import transformers as host
 from subspan.hosts.transformers import LoadedModel
 from subspan.methods import build
@@ -30,24 +31,31 @@ def open_model(
 ) -> LoadedModel:
     """Load a model by name, whatever kind of folder it is: plain, compressed, or an adapter and its base.
 
-    Raises what `hosts.transformers.load` and `io.load` raise, and ValueError when an adapter's base is not the
-    one that it was trained on.
+    Raises what `hosts.transformers.load` raises, and ValueError when an adapter's base is not the one that it
+    was trained on.
     """
     folder = Path(name)
     if name == "smollm2" or not (folder / io.ABOUT).is_file():
         return host.load(name, dtype=dtype, device=device, progress=progress)
     about = io.read_about(folder)
-    if about.get("kind") == "adapter":
-        trained_in = getattr(torch, about["base"]["dtype"])
-        base = open_model(about["base"]["source"], dtype=trained_in, device=device, progress=progress)
-        put_adapter(base.model, folder, about)
-        cast(base.model, dtype)
-        base.model.to(device)
-        return replace(base, source=str(folder))
-    model = host.skeleton(folder, dtype=dtype)
-    io.load(folder, model)
-    cast(model, dtype)
-    return LoadedModel(model.to(device).eval(), host.tokenizer(folder), str(folder))
+    if about.get("kind") != "adapter":
+        return host.load(name, dtype=dtype, device=device, progress=progress)
+    trained_in = getattr(torch, about["base"]["dtype"])
+    base = open_model(about["base"]["source"], dtype=trained_in, device=device, progress=progress)
+    put_adapter(base.model, folder, about)
+    cast(base.model, dtype)
+    base.model.to(device)
+    return replace(base, source=str(folder))
+
+
+def stored_dtype(name: str | Path) -> torch.dtype:
+    """The precision that a model lies in on disk; float32 when its folder does not say."""
+    folder = Path(name)
+    if name != "smollm2" and (folder / io.ABOUT).is_file():
+        about = io.read_about(folder)
+        if about.get("kind") == "adapter":
+            return stored_dtype(about["base"]["source"])
+    return torch.float32 if name == "smollm2" else host.stored_dtype(folder)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -68,15 +76,25 @@ def save_model(
 ) -> Path:
     """Write a whole model, compressed sites included, as a folder that `open_model` takes; see `io.staged`.
 
-    `notes` are json files to lie beside it, by name.
+    After `import subspan.hosts.transformers` the folder also loads by `from_pretrained`: its config.json says
+    what stands at each site, and subspan.json only where the model came from. `notes` are json files to lie
+    beside it, by name. Raises ValueError for a model that carries an adapter.
     """
-    if any(isinstance(m, Adapted) for m in loaded.model.modules()):
-        raise ValueError("the model carries an adapter; merge it first, or write the adapter with save_adapter")
+    sites = list(quantizer.describe(loaded.model))
     with io.staged(out, force=force) as folder:
         host.save_folder_extras(loaded.model, loaded.tokenizer, folder)
-        io.save(folder, loaded.model, {"kind": "model", "source": loaded.source, **(about or {})})
+        io.write_tensors(folder / io.WEIGHTS, untied(loaded.model))
+        io.write_about(folder, {"kind": "model", "source": loaded.source, "sites": sites, **(about or {})})
         write_notes(folder, notes)
     return Path(out)
+
+
+def untied(model: Any) -> dict[str, Tensor]:
+    """The tensors to store: once for those that transformers ties again, as copies for other views."""
+    tensors, tied = io.unique(model)
+    again = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    copies = {alias: tensors[name].clone() for alias, name in tied.items() if not {alias, name} <= again}
+    return tensors | copies
 
 
 def save_adapter(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from subspan.adapt import Adapted, merge
-from subspan.budget import Energy, Err, Ratio
-from subspan.compress import Compression, Study, Track, study
-from subspan.edit import Edit, edit, linears, shapes
+from subspan.budget import Bytes, Energy, Err, Ratio
+from subspan.compress import Calibration, Compression, OneShot, Study, Track, Walk, study
+from subspan.edit import Edit, edit
 from subspan.hosts import folders, text
 from subspan.hosts.meter import Meter
 from subspan.hosts.score import decode_speed, nll
@@ -25,7 +25,8 @@ from subspan.plan import Plan
 from subspan.select import Select
 
 Json = dict[str, Any]
-TARGETS: dict[str, type[Err | Ratio | Energy]] = {"err": Err, "ratio": Ratio, "energy": Energy}
+Size = Err | Ratio | Bytes | Energy
+TARGETS: dict[str, Callable[[Any], Size]] = {"err": Err, "ratio": Ratio, "bytes": Bytes, "energy": Energy}
 
 
 def vacant(out: str | Path, *, force: bool, reads: Iterable[str | Path] = ()) -> None:
@@ -82,20 +83,19 @@ def fold(model: nn.Module) -> int:
     return len(adapted)
 
 
-def target_of(**given: float | None) -> Err | Ratio | Energy:
-    """The target of the one value that is not None: err, ratio or energy."""
+def target_of(**given: float | None) -> Size:
+    """The target of the one value that is not None: err, ratio, bytes or energy."""
     return next(TARGETS[kind](value) for kind, value in given.items() if value is not None)
 
 
-def encode(target: Err | Ratio | Energy, metric: str | None = None) -> Json:
+def encode(target: Size, metric: str | None = None) -> Json:
     """What a compression was asked for, as plain values for a plan's `args`; `decode` is the inverse.
 
     >>> encode(Err(0.5), "gram")
     {'target': {'err': 0.5}, 'metric': 'gram'}
     """
-    kind = next(kind for kind, of in TARGETS.items() if isinstance(target, of))
-    value = target.target if isinstance(target, Energy) else target.value
-    return {"target": {kind: value}} | ({"metric": metric} if metric is not None else {})
+    said = {"energy": target.target} if isinstance(target, Energy) else target.said
+    return {"target": said} | ({"metric": metric} if metric is not None else {})
 
 
 def decode(method: str, args: Mapping[str, Any]) -> Compression:
@@ -125,11 +125,12 @@ def decode(method: str, args: Mapping[str, Any]) -> Compression:
 
 
 def require_data(method: str, made: Compression, files: Sequence[str] | None) -> None:
-    """Raise ValueError when the measure is read off data and none was named."""
-    if made.measure.needs_data and not files:
+    """Raise ValueError when the measure or the budget is read off data and none was named."""
+    if made.needs_data and not files:
+        spared = not replace(made, measure=MEASURES["plain"]).needs_data
         raise ValueError(
-            f"{method} reads what matters off data; pass --calibrate FILE (a text, @prose or @code), "
-            "or --metric plain to do without"
+            f"{method} reads what matters off data; pass --calibrate FILE (a text, @prose or @code)"
+            + (", or --metric plain to do without" if spared else "")
         )
 
 
@@ -160,7 +161,7 @@ def calibration(
 
     Of at most `limit` tokens, but one window at least. Raises what `text.read` and `text.windows` raise.
     """
-    if not (made.measure.needs_data and files):
+    if not (made.needs_data and files):
         return None
     length = window_for(loaded.model, window)
     ids = tokens(loaded.tokenizer, text.read(files), max(limit, length))
@@ -170,6 +171,12 @@ def calibration(
 def forward(model: nn.Module, ids: Tensor) -> object:
     """Run a language model on ids (count, length) without filling a cache."""
     return model(input_ids=ids, use_cache=False)
+
+
+def loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """The mean negative log-likelihood in nats that a language model gives to ids (count, length)."""
+    found: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return found
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -188,20 +195,40 @@ def make_plan(
 ) -> tuple[Plan, Study]:
     """Take a model apart and plan a registered method on it; raises what `decode` and `study` raise."""
     made = decode(method, args)
-    taken = study(model, made.measure, select=select, batches=batches, forward=forward, track=track)
+    taken = study(model, made.measure, select=select, batches=batches, forward=forward, loss=loss, track=track)
     return taken.plan(made.budget, method=method, args=args), taken
 
 
-def follow_plan(model: nn.Module, plan: Plan, *, batches: Tensor | None = None, track: Track[str] = iter) -> Edit:
-    """Do what a plan says; raises ValueError when it was made for another model."""
-    plan.check(shapes(linears(model)))
-    changed = [name for name, site in plan.sites.items() if site.form != "keep"]
-    if not changed:
-        return Edit(model, {})
+def do_method(
+    model: nn.Module,
+    method: str,
+    args: Mapping[str, Any],
+    *,
+    select: Select | None = None,
+    batches: Tensor | None = None,
+    track: Track[str] = iter,
+    walk: Walk = OneShot(),
+) -> tuple[Plan, Edit]:
+    """Plan a registered method on a model and apply it; raises what `decode` and the walk raise."""
+    data = Calibration(batches, forward, loss)
+    plan, done = walk.compress(model, decode(method, args), select=select, data=data, track=track)
+    return replace(plan, method=method, args=dict(args)), done
+
+
+def follow_plan(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    batches: Tensor | None = None,
+    track: Track[str] = iter,
+    walk: Walk = OneShot(),
+) -> tuple[Plan, Edit]:
+    """Do what a plan says; the plan that comes back has the errors that were made.
+
+    Raises ValueError when it was made for another model, and what the walk raises.
+    """
     made = decode(plan.method, plan.args)
-    chosen = set(changed).__contains__
-    taken = study(model, made.measure, select=chosen, batches=batches, forward=forward, track=track)
-    return taken.apply(model, plan)
+    return walk.follow(model, plan, made.measure, data=Calibration(batches, forward, loss), track=track)
 
 
 def read_plan(path: str | Path) -> Plan:

