@@ -86,8 +86,8 @@ def run(
 ) -> Result:
     """Choose ranks, or see what an optimizer will hold, before anything is changed.
 
-    With --method the plan is a table that you can print, edit as a file and give to `subspan compress --plan`. With
-    --optimizer it is the bytes that training will hold, beside AdamW's, and where a subspace does not pay.
+    With --method the plan is a table that you can print, edit as a file and give to `subspan compress --plan`.
+    With --optimizer it is the bytes that training will hold, beside AdamW's, and where a subspace does not pay.
     """
     if one_of(method=method, optimizer=optimizer) == "optimizer":
         refuse(ctx, COMPRESSION, "is for a compression's --method; leave it out with --optimizer")
