@@ -81,7 +81,8 @@ def test_help_and_methods_import_neither_transformers_nor_matplotlib(process):
 def test_examples_work(verb, cli, tiny, page, small, plan_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(import_module(f"subspan.cli.{verb}").EXAMPLE)[1:]
-    args = [tiny if word == "smollm2" else page if word in ("@code", "@prose") else word for word in words]
+    given = {"smollm2": tiny, "@code": page, "@prose": page} | ({"out": small} if verb == "export" else {})
+    args = [given.get(word, word) for word in words]
     more = {"train": [*SMALL, "--data", page], "finetune": ["--steps", 2, "--window", 32]}
     done = cli(*args, *more.get(verb, []))
     assert done.code == 0, done

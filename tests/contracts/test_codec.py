@@ -7,7 +7,21 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from subspan.codec import DYNAMIC4, DYNAMIC8, LINEAR4, UNSIGNED8, Int4, Int4Rank1, Int8, dynamic
+from subspan.codec import (
+    DYNAMIC4,
+    DYNAMIC8,
+    LINEAR4,
+    UNSIGNED8,
+    Int4,
+    Int4Rank1,
+    Int8,
+    by_block,
+    dynamic,
+    paired,
+    require_block,
+    smaller,
+    unpaired,
+)
 from subspan.optim import Adam, Optim, stored
 
 BLOCKS = {
@@ -349,3 +363,34 @@ def test_encoded_state_continues_from_a_file(rule):
         again.step()
     assert torch.equal(p, q)
     assert "mu.codes" in again.state[q] and again.state[q]["mu.codes"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_paired_codes_come_apart_again(shape):
+    """Sixteen codes, two a byte, and a row of odd length keeps its last one alone."""
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    kept = paired(codes)
+    assert kept["codes"].shape[-1] == shape[-1] // 2 and kept["tail"].shape[-1] == shape[-1] % 2
+    assert torch.equal(unpaired(kept, tuple(float(i) for i in range(16)), torch.float64), codes.double())
+
+
+def test_by_block_divides_each_block_by_its_largest_magnitude():
+    x = draw("int8", 3, 19)
+    x[1, 8:16] = 0
+    absmax, share = by_block(x, 8, "here")
+    for start, column in ((0, 0), (8, 1), (16, 2)):
+        part = x[:, start : start + 8]
+        assert torch.equal(absmax[:, column], part.abs().amax(-1))
+        assert torch.equal(share[:, start : start + 8], part / absmax[:, [column]].clamp_min(1e-300))
+    with pytest.raises(ValueError, match=r"here stores rows, not a tensor of shape \(\)"):
+        by_block(torch.tensor(1.0), 8, "here")
+
+
+def test_smaller_is_the_minimum_of_a_row_and_a_column():
+    row, col = torch.tensor([1.0, 3.0]), torch.tensor([2.0, 0.5, 4.0])
+    assert torch.equal(smaller(row, col), torch.tensor([[1.0, 0.5, 1.0], [2.0, 0.5, 3.0]]))
+
+
+def test_a_block_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="Int4: block=0 holds no entry; give 1 or more"):
+        require_block("Int4", 0)

@@ -11,6 +11,8 @@ from subspan.linalg import (
     check_rank,
     energy_rank,
     entropy_rank,
+    orth,
+    orthogonal_iteration,
     pin_signs,
     polar,
     polar_exact,
@@ -391,3 +393,28 @@ def test_require_finite_and_check_rank_say_where():
     with pytest.raises(ValueError, match=r"layers\.0: rank 3 is outside"):
         check_rank(3, 2, 5, "layers.0")
     assert linalg.check_rank(2, 2, 5) is None
+
+
+@pytest.mark.parametrize("turns", [0, 1, 3])
+def test_orthogonal_iteration_spans_powers_of_the_matrix(turns):
+    """q_t spans (a a^T)^t q_0, with orthonormal columns, whatever the scale of a."""
+    a, start = rand(9, 6), qr(rand(9, 3, seed=1))
+    power = qr(torch.linalg.matrix_power(a @ a.mT, turns) @ start)
+    for scale in (1.0, 1e-160):
+        q = orthogonal_iteration(scale * a, start, turns)
+        assert_close(q.mT @ q, eye(3), rtol=0, atol=1e-13)
+        assert_close(q @ q.mT, power @ power.mT, rtol=0, atol=1e-10)
+
+
+def test_orthogonal_iteration_leaves_singular_vectors_where_they_are():
+    """The frame of the leading singular vectors is a fixed point, signs and order included."""
+    a = rand(8, 5)
+    u = svd(a).u[:, :3]
+    assert_close(orthogonal_iteration(a, u, 2), u, rtol=0, atol=1e-12)
+
+
+def test_orth_is_qr_also_where_columns_nearly_depend():
+    a = rand(9, 3)
+    assert_close(orth(a), qr(a), rtol=0, atol=1e-13)
+    a[:, 2] = a[:, 0] + 1e-13 * a[:, 1]
+    assert torch.equal(orth(a), qr(a))
