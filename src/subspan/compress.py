@@ -8,13 +8,13 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from subspan import linalg
+from subspan import linalg, site
 from subspan.budget import Budget, Bytes, Evidence, Informed, Scores
-from subspan.edit import Edit, edit, linears, shapes, sites
+from subspan.edit import Edit, edit, matrices, shapes, sites
 from subspan.fit import Decomposition, decompose
 from subspan.importance import Importance
 from subspan.metric import Batches, Forward, Loss, Measure, Plain, call, collect, reported_loss
-from subspan.ops import Dense, LinOp, OpLinear
+from subspan.ops import Dense, LinOp, OpLayer
 from subspan.plan import Plan, SitePlan, site_plan
 from subspan.select import Select
 from subspan.threads import spread
@@ -45,15 +45,21 @@ class Calibration:
     forward: Forward = call
     loss: Loss = reported_loss
 
-    def read(self, model: nn.Module, measure: Measure, found: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
-        """Each site's mean statistic, or none at all for a measure that needs nothing.
+    def read(
+        self,
+        model: nn.Module,
+        measure: Measure,
+        found: Mapping[str, nn.Module],
+        counts: dict[str, int] | None = None,
+    ) -> Mapping[str, Tensor]:
+        """Each site's mean statistic, or none at all for a measure that needs nothing; `counts` is for `collect`.
 
         Raises ValueError without batches, and what `collect` raises.
         """
         if measure.needs == "nothing":
             return {}
         batches = self.present(measure, list(found))
-        return collect(model, batches, measure, found, forward=self.forward, loss=self.loss)
+        return collect(model, batches, measure, found, forward=self.forward, loss=self.loss, counts=counts)
 
     def present(self, measure: Measure, names: Sequence[str]) -> Batches:
         """The batches; raises ValueError without them, naming the measure and the sites that need them."""
@@ -85,8 +91,8 @@ class Witness:
                 raise ValueError(
                     f"{importance!r} is read off data: pass calibration batches (command line: --calibrate)"
                 )
-            now = dict(self.model.named_modules())
-            if changed := [name for name, module in self.sites.items() if now.get(name) is not module]:
+            now = {name: site.parameter(module) for name, module in matrices(self.model).items()}
+            if changed := [name for name, m in self.sites.items() if now.get(name) is not site.parameter(m)]:
                 raise RuntimeError(f"{changed[0]} was replaced after the study; undo that edit, or study again")
             self.told[importance] = importance(
                 self.model, self.sites, batches=batches, forward=data.forward, loss=data.loss
@@ -115,7 +121,8 @@ class Study:
     """A model's sites taken apart once, so that any number of plans can be made and applied.
 
     `spectra` are the weights' own singular values, which most budgets read; `parts` the decompositions under
-    `measure`, which predict errors and give factors; `witness` measures what else a budget asks for.
+    `measure`, which predict errors and give factors; `witness` measures what else a budget asks for; `ridges` are
+    the ridges that singular statistics needed, with the number of tokens they were of.
     """
 
     measure: Measure
@@ -125,6 +132,7 @@ class Study:
     other_bytes: int
     biases: Mapping[str, int]
     witness: Witness
+    ridges: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     @property
     def evidence(self) -> Evidence:
@@ -142,12 +150,13 @@ class Study:
         ranks = (budget.on(self.evidence) if isinstance(budget, Informed) else budget)(self.spectra, shape)
         if absent := [name for name in shape if name not in ranks]:
             raise ValueError(f"{budget!r} gives no rank to {', '.join(absent[:3])}; a budget must size every site")
-        rows: dict[str, SitePlan] = {
-            name: site_plan(
-                shape[name], ranks[name], part.error, bits=self.bits[name], where=name, bias=self.biases[name]
-            )
-            for name, part in self.parts.items()
-        }
+        rows: dict[str, SitePlan] = {}
+        for name, part in self.parts.items():
+            ridge, tokens = self.ridges.get(name, (0.0, 0))
+            rows[name] = site_plan(
+                shape[name], ranks[name], part.error, bits=self.bits[name], where=name, bias=self.biases[name],
+                ridge=ridge, tokens=tokens,
+            )  # fmt: skip
         asked = budget.target if isinstance(budget, Informed) else None
         said = (
             {}
@@ -163,10 +172,10 @@ class Study:
         return plan
 
     def apply(self, model: nn.Module, plan: Plan) -> Edit:
-        """Put the planned ops in place of the linear layers; `undo()` of the result puts the layers back."""
+        """Put the planned ops in place of the layers; `undo()` of the result puts the layers back."""
         if not plan.sites:
             raise ValueError("the plan has no sites; make one with `subspan plan`")
-        plan.check(shapes(linears(model)))
+        plan.check(shapes(matrices(model)))
         sites(model, lambda name: name in plan.sites)
         if unknown := [name for name in plan.sites if name not in self.parts]:
             raise ValueError(f"the plan names {', '.join(unknown[:3])}, which this study left out; study them too")
@@ -175,21 +184,35 @@ class Study:
         return edit(model, changed, lambda n, layer: compressed(layer, plan.sites[n], self.parts[n], where=n))
 
 
-def compressed(layer: nn.Module, site: SitePlan, part: Decomposition, *, where: str) -> OpLinear:
+def compressed(layer: nn.Module, row: SitePlan, part: Decomposition, *, where: str) -> OpLayer:
     """The layer with its weight cut as planned; the bias stays the very same unless the metric has a mean."""
-    weight, bias = layer.get_parameter("weight"), dict(layer.named_parameters()).get("bias")
-    op: LinOp = part.cut(site.rank, where)
-    shift = part.shift(site.rank)
+    _require_room(layer, part, where)
+    dtype, bias = site.parameter(layer).dtype, site.bias(layer)
+    op: LinOp = part.cut(row.rank, where)
+    shift = part.shift(row.rank)
     kept: Tensor | None = bias
     if shift is not None:
-        new = (shift if bias is None else bias.detach() + shift).to(weight.dtype)
+        new = (shift if bias is None else bias.detach() + shift).to(dtype)
         kept = nn.Parameter(new, requires_grad=bias is not None and bias.requires_grad)
-    return OpLinear((op if site.form == "lowrank" else Dense(op.dense().detach())).to(weight.dtype), kept)
+    op = (op if row.form == "lowrank" else Dense(op.dense().detach())).to(dtype)
+    for p in op.parameters():
+        # As it will lie in memory when loaded: another order rounds otherwise.
+        p.data = p.data.contiguous()
+    return site.of(layer).rebuild(layer, op, kept)
 
 
-def gained(layer: nn.Linear, part: Decomposition) -> int:
+def gained(layer: nn.Module, part: Decomposition) -> int:
     """How many numbers of bias the layer gains when it is cut."""
-    return layer.out_features if part.mean is not None and layer.bias is None else 0
+    return site.matrix(layer).shape[0] if part.mean is not None and site.bias(layer) is None else 0
+
+
+def _require_room(layer: nn.Module, part: Decomposition, where: str) -> None:
+    """Raise ValueError where a metric with a mean meets a layer that cannot have a bias."""
+    if part.mean is not None and not site.of(layer).biased:
+        raise ValueError(
+            f"{where} has no place for the bias that a metric with a mean, such as covariance, gives it; leave it "
+            f"out with '!{where}', or compress it with the metric gram"
+        )
 
 
 def study(
@@ -212,13 +235,19 @@ def study(
     measure = measure or Plain()
     found = sites(model, select)
     for name, layer in found.items():
-        linalg.require_finite(layer.weight, f"the weight of {name}")
+        linalg.require_finite(site.matrix(layer), f"the weight of {name}")
     data = Calibration(batches, forward, loss)
-    means = data.read(model, measure, found)
+    counts: dict[str, int] = {}
+    means = data.read(model, measure, found, counts)
+    ridges: dict[str, tuple[float, int]] = {}
 
     def take(name: str) -> tuple[Decomposition, Tensor]:
-        w = found[name].weight.detach()
-        part = decompose(w, measure.metric(means.get(name)))
+        w = site.matrix(found[name]).detach()
+        metric = measure.metric(means.get(name))
+        if metric.ridge:
+            ridges[name] = (metric.ridge, counts[name])
+        part = decompose(w, metric)
+        _require_room(found[name], part, name)
         if spectra is not None and name in spectra:
             return part, spectra[name]
         return part, part.s if measure.needs == "nothing" else linalg.svdvals(w)
@@ -226,10 +255,10 @@ def study(
     both = dict(zip(track(list(found)), spread(take, found), strict=True))
     parts, own = {n: part for n, (part, _) in both.items()}, {n: s for n, (_, s) in both.items()}
     everything = sum(p.numel() * p.element_size() for p in model.parameters())
-    weights = sum(layer.weight.numel() * layer.weight.element_size() for layer in found.values())
-    bits = {name: 8 * layer.weight.element_size() for name, layer in found.items()}
+    weights = sum(w.numel() * w.element_size() for w in map(site.matrix, found.values()))
+    bits = {name: 8 * site.parameter(layer).element_size() for name, layer in found.items()}
     biases = {name: gained(layer, parts[name]) for name, layer in found.items()}
-    return Study(measure, own, parts, bits, everything - weights, biases, Witness(model, found, data))
+    return Study(measure, own, parts, bits, everything - weights, biases, Witness(model, found, data), ridges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +280,7 @@ class OneShot:
         self, model: nn.Module, plan: Plan, measure: Measure, *, data: Calibration, track: Track[str]
     ) -> tuple[Plan, Edit]:
         """Study the layers that the plan changes, and apply it."""
-        plan.check(shapes(linears(model)))
+        plan.check(shapes(matrices(model)))
         changed = {name for name, site in plan.sites.items() if site.form != "keep"}
         if not changed:
             return plan, Edit(model, {})

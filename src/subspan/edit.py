@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
+from subspan import site
+from subspan.ops import Dense, OpLayer, OpLinear
+from subspan.ops.experts import stacked
 from subspan.plan import Shapes
-from subspan.select import Select, pick
+from subspan.select import Select, matcher, pick
 
 Make = Callable[[str, nn.Module], nn.Module]
 
@@ -18,8 +21,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every `nn.Linear` by name; raises ValueError when the model has none."""
     found = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
     if not found:
-        kinds = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(False), None) is not None})
-        raise ValueError(f"{type(model).__name__} has no nn.Linear; its layers are: {', '.join(kinds) or 'none'}")
+        raise _none(model, {})
     return found
 
 
@@ -32,40 +34,83 @@ def sharers(model: nn.Module) -> dict[int, list[str]]:
     return {key: names for key, names in holders.items() if len(names) > 1}
 
 
+def matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that `subspan.site` knows for a matrix, and every expert of a 3-D parameter, by name."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found |= site.sites_of(name, module)
+    return found
+
+
 def sites(
     model: nn.Module, select: Select | None = None, *, tied: Literal["refuse", "share"] = "refuse"
-) -> dict[str, nn.Linear]:
-    """The linear layers to work on, by name.
+) -> dict[str, nn.Module]:
+    """The layers to work on, by name: `nn.Linear`, transformers' `Conv1D`, and the experts of 3-D parameters.
 
     By default those in numbered blocks (`layers.3.mlp.up_proj`) that share their weight with nobody, so never
-    the embeddings or the head; all layers when nothing is numbered. An explicit pattern that matches a tied
-    layer raises ValueError, unless `tied="share"`, and so does one that matches nothing.
+    the embeddings or the head; all layers when nothing is numbered. Convolutions and embeddings are taken only
+    when a pattern that is more than `*` and exclusions, or a function, names them. An explicit pattern that
+    matches a tied layer raises ValueError, unless `tied="share"`, and so does one that matches nothing, or a
+    layer that is no one matrix.
     """
-    found, shared = linears(model), sharers(model)
-    if "" in found:
-        raise ValueError(
-            "the model is itself an nn.Linear, with no parent to swap it in; wrap it in nn.Sequential"
-        )
-    if select is None:
-        alone = {name: m for name, m in found.items() if tied == "share" or id(m.weight) not in shared}
-        blocks = {name: m for name, m in alone.items() if any(part.isdigit() for part in name.split("."))}
-        if not alone:
-            raise ValueError("every nn.Linear of this model shares its weight; untie one or pass tied='share'")
-        return blocks or alone
-    chosen = {name: found[name] for name in pick(found, select, what="nn.Linear")}
-    for name, module in chosen.items():
-        if id(module.weight) in shared and tied == "refuse":
-            others = ", ".join(other for other in shared[id(module.weight)] if other != name)
-            raise ValueError(
-                f"{name} shares its weight with {others}; leave it out with '!{name}', or pass tied='share' "
-                "to change it here and leave the other as it is"
-            )
+    found = matrices(model)
+    usual = {name: m for name, m in found.items() if site.of(m).usual}
+    if not usual and (select is None or not found):
+        raise _none(model, found)
+    listed = usual or found
+    chosen = _select(model, listed if select is None or _broad(select) else found, listed, select, tied)
+    site.require_matrices(chosen)
     return chosen
 
 
-def shapes(found: dict[str, nn.Linear]) -> Shapes:
+def shapes(found: Mapping[str, nn.Module]) -> Shapes:
     """Site -> (out, in)."""
-    return {name: (m.out_features, m.in_features) for name, m in found.items()}
+    sizes = {name: site.matrix(m).shape for name, m in found.items()}
+    return {name: (size[0], size[1]) for name, size in sizes.items()}
+
+
+def _select(
+    model: nn.Module,
+    found: dict[str, nn.Module],
+    usual: dict[str, nn.Module],
+    select: Select | None,
+    tied: Literal["refuse", "share"],
+) -> dict[str, nn.Module]:
+    """Choose among the layers found; an error names the usual ones."""
+    if "" in found:
+        raise ValueError(
+            f"the model is itself an {site.of(found['']).label}, with no parent to swap it in; wrap it in "
+            "nn.Sequential"
+        )
+    shared, what = sharers(model), " or ".join(dict.fromkeys(site.of(m).label for m in usual.values()))
+    if select is None:
+        alone = {name: m for name, m in found.items() if tied == "share" or id(site.parameter(m)) not in shared}
+        blocks = {name: m for name, m in alone.items() if any(part.isdigit() for part in name.split("."))}
+        if not alone:
+            raise ValueError(f"every {what} of this model shares its weight; untie one or pass tied='share'")
+        return blocks or alone
+    test = matcher(select)
+    names = [name for name in found if test(name)] or pick(usual, select, what=what)
+    for name in names if tied == "refuse" else ():
+        if others := [other for other in shared.get(id(site.parameter(found[name])), ()) if other != name]:
+            raise ValueError(
+                f"{name} shares its weight with {', '.join(others)}; leave it out with '!{name}', or pass "
+                "tied='share' to change it here and leave the other as it is"
+            )
+    return {name: found[name] for name in names}
+
+
+def _broad(select: Select) -> bool:
+    """Whether a pattern only says `*`, and what it leaves out."""
+    return isinstance(select, str) and {p.strip() for p in select.split("|") if p.strip()[:1] not in "!"} <= {"*"}
+
+
+def _none(model: nn.Module, found: Mapping[str, nn.Module]) -> ValueError:
+    kinds = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(False), None) is not None})
+    remedy = f"; name some of them, such as {next(iter(found))!r}, to work on these" if found else ""
+    return ValueError(
+        f"{type(model).__name__} has no nn.Linear; its layers are: {', '.join(kinds) or 'none'}{remedy}"
+    )
 
 
 @dataclass
@@ -114,10 +159,11 @@ def edit(
     *,
     tied: Literal["refuse", "share"] = "refuse",
 ) -> Edit:
-    """Swap every selected linear layer for `make(name, layer)`; on any error the model is left as it was.
+    """Swap every selected layer for `make(name, layer)`; on any error the model is left as it was.
 
-    `select` is a pattern, a function of names, a list of exact module names (which need not be linear layers),
-    or None for `sites`' default.
+    `select` is a pattern, a function of names, a list of exact names, or None for `sites`' default; all but a
+    list choose among the `nn.Linear`. Names may be those of any module, and those of experts: their owner is then
+    swapped for one that holds what `make` gives, which must be an `OpLinear` without a bias.
 
     >>> net = nn.Sequential(nn.Linear(2, 2))
     >>> with edit(net, "0", lambda name, layer: nn.Identity()):
@@ -125,23 +171,65 @@ def edit(
     Identity()
     """
     if isinstance(select, Sequence) and not isinstance(select, str):
-        chosen: dict[str, nn.Module] = {}
-        for name in select:
-            module = _submodule(model, name)
-            if module is None or module is model:
-                have = ", ".join(n for n, _ in model.named_modules() if n)
-                raise ValueError(f"the model has no module {name!r} to swap; there are: {have[:200]}")
-            chosen[name] = module
+        chosen = _named(model, select)
     else:
-        chosen = dict(sites(model, select, tied=tied))
+        found = dict[str, nn.Module](linears(model))
+        chosen = _select(model, found, found, select, tied)
     done = Edit(model, {})
     try:
         for name, module in chosen.items():
-            new = make(name, module)
-            new.train(module.training)
-            replace(model, name, new)
-            done.swaps[name] = (module, new)
+            if not isinstance(module, site.Expert):
+                _swap(done, name, module, make(name, module))
+        for place, (owner, layers) in _experts(chosen, make).items():
+            _swap(done, place, owner, stacked(owner, layers))
     except BaseException:
         done.undo()
         raise
     return done
+
+
+def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules and experts of these names."""
+    found: dict[str, nn.Module | None] = {name: _submodule(model, name) for name in names}
+    if None in found.values():
+        every = matrices(model)
+        found = {name: every.get(name) if module is None else module for name, module in found.items()}
+    chosen = {name: module for name, module in found.items() if module is not None and module is not model}
+    if absent := [name for name in names if name not in chosen]:
+        have = ", ".join(n for n, _ in model.named_modules() if n)
+        raise ValueError(f"the model has no module {absent[0]!r} to swap; there are: {have[:200]}")
+    return chosen
+
+
+def _swap(done: Edit, name: str, old: nn.Module, new: nn.Module) -> None:
+    new.train(old.training)
+    replace(done.model, name, new)
+    done.swaps[name] = (old, new)
+
+
+def _experts(chosen: Mapping[str, nn.Module], make: Make) -> dict[str, tuple[nn.Module, dict[str, list[OpLayer]]]]:
+    """Name of an owner -> itself, and by parameter the layers of all its experts; one not chosen stays dense."""
+    found: dict[str, tuple[nn.Module, dict[str, dict[int, OpLayer]]]] = {}
+    for name, expert in site.experts_of(chosen):
+        layer = make(name, expert)
+        if not isinstance(layer, OpLinear) or layer.bias is not None:
+            raise ValueError(
+                f"{name} is one expert of a 3-D parameter, whose place only an OpLinear without a bias can take, "
+                f"not {type(layer).__name__}; leave it out with '!{name}'"
+            )
+        place = name.removesuffix(f"{expert.index}.{expert.key}").rstrip(".")
+        found.setdefault(place, (expert.owner, {}))[1].setdefault(expert.key, {})[expert.index] = layer
+    return {
+        place: (owner, {key: _filled_up(owner, key, layers) for key, layers in keys.items()})
+        for place, (owner, keys) in found.items()
+    }
+
+
+def _filled_up(owner: nn.Module, key: str, layers: Mapping[int, OpLayer]) -> list[OpLayer]:
+    parameter = owner.get_parameter(key)
+
+    def kept(index: int) -> OpLayer:
+        w = site.matrix(site.Expert(owner, key, index)).detach().clone()
+        return OpLinear(Dense(nn.Parameter(w, requires_grad=parameter.requires_grad)))
+
+    return [layers[i] if i in layers else kept(i) for i in range(len(parameter))]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from subspan import linalg
+from subspan import linalg, site
 from subspan.metric import Batches, Forward, Loss, Metric, Need, collect, evaluating
 
 Sites = Mapping[str, nn.Module]
@@ -50,12 +50,12 @@ class Outliers:
             blocks.setdefault(block_of(name), []).append(name)
 
         def entries(name: str) -> Tensor:
-            weight = linalg.wide(sites[name].get_parameter("weight").detach())
+            weight = linalg.wide(site.matrix(sites[name]).detach())
             return weight.abs() * squares[name].to(weight.dtype).sqrt()
 
         found = {}
         for block, names in blocks.items():
-            count = sum(sites[name].get_parameter("weight").numel() for name in names)
+            count = sum(site.matrix(sites[name]).numel() for name in names)
             bar = self.factor * sum(float(entries(name).double().sum()) for name in names) / count
             found[block] = sum(int((entries(name) > bar).sum()) for name in names) / count
         return {name: found[block_of(name)] for name in sites}
@@ -110,11 +110,12 @@ class Sensitivity:
         self, model: nn.Module, sites: Sites, *, batches: Batches, forward: Forward, loss: Loss
     ) -> dict[str, float]:
         """The sensitivity of each site; gradients of the model's parameters are neither made nor touched."""
+        site.require_calls(sites, self)
         tally, count = _Tally(), 0
 
         def see(name: str) -> Hook:
             def felt(grad: Tensor) -> None:
-                tally.add(name, grad.detach().double().square().sum() / grad.shape[-1], 0)
+                tally.add(name, grad.detach().double().square().sum() / site.matrix(sites[name]).shape[0], 0)
 
             def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
                 # A copy, because a leaf may not be written into by what follows.

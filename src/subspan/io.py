@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from subspan import site
 from subspan.edit import Edit, edit
-from subspan.ops import LinOp, OpLinear
+from subspan.ops import LinOp, OpLayer
 
 FORMAT = 1
 WEIGHTS, ABOUT = "model.safetensors", "subspan.json"
@@ -166,7 +167,7 @@ def save(folder: Path, model: nn.Module, about: Mapping[str, Any] | None = None)
     sites = {
         name: {"kind": "compressed", "op": spec(module.op), "bias": module.bias is not None}
         for name, module in model.named_modules()
-        if isinstance(module, OpLinear)
+        if isinstance(module, OpLayer)
     }
     write_tensors(folder / WEIGHTS, tensors)
     write_about(folder, {**(about or {}), "sites": sites, "tied": tied})
@@ -240,9 +241,10 @@ def load(folder: str | Path, model: nn.Module) -> Edit:
     about, tensors = read_about(folder), read_tensors(Path(folder) / WEIGHTS)
 
     def make(name: str, old: nn.Module) -> nn.Module:
-        site = about["sites"][name]
-        op = build(site["op"])
-        return OpLinear(op, torch.empty(op.shape[0], dtype=next(op.parameters()).dtype) if site["bias"] else None)
+        row = about["sites"][name]
+        op = build(row["op"])
+        bias = torch.empty(op.shape[0], dtype=next(op.parameters()).dtype) if row["bias"] else None
+        return site.of(old).rebuild(old, op, bias)
 
     done = edit(model, list(about["sites"]), make)
     try:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from subspan import linalg
+from subspan import linalg, site
 
 Batches = Iterable[Any]
 Forward = Callable[[nn.Module, Any], object]
@@ -25,12 +25,14 @@ class Metric:
     `left` is None (identity), a diagonal (m,) or a matrix (m, m); `right` likewise with n. With `right` the
     Cholesky factor of the inputs' second moments E[x x^T], the error is the outputs' root mean square error.
     With `mean` (n,) the layer's bias takes up the error that the op makes there, (w - op) mean: for `right` a
-    factor of the inputs' covariance the error is then the outputs', bias included.
+    factor of the inputs' covariance the error is then the outputs', bias included. `ridge` is what had to be added
+    to a singular statistic, as a share of the mean of its diagonal; 0 for none.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
     mean: Tensor | None = None
+    ridge: float = 0.0
 
     def apply(self, w: Tensor) -> Tensor:
         """left @ w @ right."""
@@ -140,7 +142,8 @@ class Gram:
 
     def metric(self, mean: Tensor | None) -> Metric:
         """A triangular matrix on the right."""
-        return Metric(right=linalg.whiten(_present(mean), self.ridge).factor)
+        white = linalg.whiten(_present(mean), self.ridge)
+        return Metric(right=white.factor, ridge=white.ridge if white.ridge > self.ridge else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,9 @@ class Covariance:
         """A triangular matrix on the right, and the mean."""
         both = _present(mean).double()
         second, first = both[:-1, :-1], both[-1, :-1]
-        return Metric(right=linalg.whiten(second - torch.outer(first, first), self.ridge).factor, mean=first)
+        white = linalg.whiten(second - torch.outer(first, first), self.ridge)
+        added = white.ridge if white.ridge > self.ridge else 0.0
+        return Metric(right=white.factor, mean=first, ridge=added)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,15 +244,18 @@ def collect(
     *,
     forward: Forward = call,
     loss: Loss = reported_loss,
+    counts: dict[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Run the batches through the model and return each site's mean statistic, in float32 or wider.
 
-    `forward` runs the model for a measure of inputs, `loss` for one of gradients. Sites that receive the very
-    same tensor (q, k and v of an attention) share one accumulator; of gradients no more than one is held at a
-    time. Raises ValueError for a site that no batch reaches, or whose inputs or gradients hold NaN or Inf.
+    `forward` runs the model for a measure of inputs, `loss` for one of gradients; `counts` is told how many inputs
+    each site had. Sites that receive the very same tensor (q, k and v of an attention) share one accumulator; of
+    gradients no more than one is held at a time. Raises ValueError for a site that no batch reaches, or whose
+    inputs or gradients hold NaN or Inf.
     """
     if measure.needs == "gradients":
         return _collect_gradients(model, batches, measure, sites, loss)
+    site.require_inputs(sites, measure)
     tally = _Tally(measure)
     hooks = [m.register_forward_pre_hook(tally.hook(name), with_kwargs=True) for name, m in sites.items()]
     try:
@@ -259,7 +267,10 @@ def collect(
         tally.seen.clear()
         for hook in hooks:
             hook.remove()
-    return {name: tally.mean(name) for name in sites}
+    means = {name: tally.mean(name) for name in sites}
+    if counts is not None:
+        counts.update({name: tally.count[tally.leader[name]] for name in sites})
+    return means
 
 
 @contextmanager
@@ -277,22 +288,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _collect_gradients(
     model: nn.Module, batches: Batches, measure: Measure, sites: Mapping[str, nn.Module], loss: Loss
 ) -> dict[str, Tensor]:
-    weights = {name: module.get_parameter("weight") for name, module in sites.items()}
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in sites.items():
+        holders.setdefault(site.parameter(module), []).append(name)
     sums: dict[str, Tensor] = {}
     count = 0
 
-    def see(name: str) -> Callable[[Tensor], None]:
-        def fold(weight: Tensor) -> None:
-            if weight.grad is not None:
-                new = measure.fold(weight.grad)
-                sums[name] = sums[name] + new if name in sums else new
-                weight.grad = None
+    def fold(weight: nn.Parameter) -> None:
+        if weight.grad is None:
+            return
+        for name in holders[weight]:
+            module = sites[name]
+            new = measure.fold(site.of(module).view(module, weight.grad))
+            sums[name] = sums[name] + new if name in sums else new
+        weight.grad = None
 
-        return fold
-
-    with evaluating(model), _learning(model, list(weights.values())), torch.enable_grad():
+    with evaluating(model), _learning(model, list(holders)), torch.enable_grad():
         listen = Tensor.register_post_accumulate_grad_hook
-        hooks = [listen(w, see(name)) for name, w in weights.items()]  # type: ignore[no-untyped-call]
+        hooks = [listen(w, fold) for w in holders]  # type: ignore[no-untyped-call]
         try:
             for batch in batches:
                 felt = loss(model, batch)
@@ -302,11 +315,11 @@ def _collect_gradients(
         finally:
             for hook in hooks:
                 hook.remove()
-    for name in weights:
+    for name in sites:
         if name not in sums:
             raise ValueError(f"no calibration batch reached {name}; use more data or leave the site out")
         linalg.require_finite(sums[name], f"the gradient statistic of {name}")
-    return {name: sums[name] / count for name in weights}
+    return {name: sums[name] / count for name in sites}
 
 
 @contextmanager
@@ -337,21 +350,23 @@ class _Tally:
         self.count: dict[str, int] = {}
         self.leader: dict[str, str] = {}
         self.calls: dict[str, int] = {}
-        self.seen: list[tuple[Tensor, int, str, int]] = []
+        self.seen: list[tuple[Tensor, int, object, str, int]] = []
         self.means: dict[str, Tensor] = {}
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else kwargs["input"]
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            kind = site.of(module)
+            way = kind.alike(module)
             call = self.calls[name] = self.calls.get(name, 0) + 1
             # The version tells a tensor from itself after a change in place.
-            same = (seen for seen in self.seen if seen[0] is x and seen[1] == x._version)
-            first, its_call = next(((s[2], s[3]) for s in same), (name, call))
+            same = (seen for seen in self.seen if seen[0] is x and seen[1:3] == (x._version, way))
+            first, its_call = next((seen[3:] for seen in same), (name, call))
             if self.leader.setdefault(name, first) != first or (first != name and its_call != call):
                 raise self.refusal(name)
             if first == name:
-                self.seen = [*self.seen[-1:], (x, x._version, name, call)]
-                self.add(name, linalg.wide(x.detach()).reshape(-1, x.shape[-1]))
+                self.seen = [*self.seen[-1:], (x, x._version, way, name, call)]
+                self.add(name, linalg.wide(kind.rows(module, x.detach())))
 
         return see
 

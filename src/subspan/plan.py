@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,7 +37,8 @@ def numbers(rank: int, m: int, n: int) -> int:
 class SitePlan:
     """One row: `form` is `lowrank` (two factors), `dense` (truncated, multiplied back) or `keep` (untouched).
 
-    `bias` counts the numbers of a bias that a changed layer gains, where it had none.
+    `bias` counts the numbers of a bias that a changed layer gains, where it had none. `ridge` is what had to be
+    added to a singular statistic of the inputs, as a share of the mean of its diagonal; 0 for none.
     """
 
     shape: tuple[int, int]
@@ -48,6 +50,7 @@ class SitePlan:
     error: float
     reason: str
     bias: int = 0
+    ridge: float = 0.0
 
     @property
     def full(self) -> int:
@@ -97,9 +100,13 @@ class Plan:
         """Raise ValueError unless the plan's sites exist in a model with these shapes, with possible ranks."""
         missing = [name for name in self.sites if name not in shapes]
         if missing:
+            near = get_close_matches(
+                missing[0], [name for name in shapes if name not in self.sites], n=1, cutoff=0.8
+            )
+            hint = f"did you mean {near[0]} by {missing[0]}? If not, " if near else ""
             raise ValueError(
-                f"the plan names {len(missing)} sites this model lacks, e.g. {', '.join(missing[:3])}; the model "
-                f"has {', '.join(list(shapes)[:3])}, ...: was the plan made for another model?"
+                f"the plan names {len(missing)} sites this model lacks, e.g. {', '.join(missing[:3])}; {hint}"
+                f"the model has {', '.join(list(shapes)[:3])}, ...: was the plan made for another model?"
             )
         for name, site in self.sites.items():
             if site.shape != tuple(shapes[name]):
@@ -119,6 +126,18 @@ class Plan:
             f"numbers kept {self.ratio:.1%}{asked.get('ratio', '')}, "
             f"bytes {before / 2**20:.1f} -> {after / 2**20:.1f} MiB{asked.get('bytes', '')}"
         )
+
+    def remarks(self) -> list[str]:
+        """What a person should know beside the table: sites that were calibrated on too little."""
+        ridged = [name for name, site in self.sites.items() if site.ridge]
+        if not ridged:
+            return []
+        worst = max(ridged, key=lambda name: self.sites[name].ridge)
+        return [
+            f"{len(ridged)} of {len(self.sites)} sites had inputs that do not span all directions and needed a "
+            f"ridge, e.g. at {worst} ({self.sites[worst].reason}); predicted errors may be too low: use more "
+            "calibration tokens than any layer has inputs"
+        ]
 
     def table(self, limit: int | None = None) -> Table:
         """The plan as a printable table; `limit` rows at most."""
@@ -158,12 +177,15 @@ class Plan:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], where: str = "plan") -> Plan:
-        """Rebuild a plan; raises ValueError naming a missing field or a newer format."""
+        """Rebuild a plan; a site whose row was taken out stays as it is in the model, and its bytes count on.
+
+        Raises ValueError naming a missing field, an impossible rank or a newer format.
+        """
         try:
             if data.get("format", 0) > FORMAT:
                 raise ValueError(f"{where}: format {data['format']} is newer than {FORMAT}; upgrade subspan")
             sites = {name: _row(row, f"{where}: {name}") for name, row in data["sites"].items()}
-            plan = Plan(data["method"], data["args"], sites, data["other_bytes"])
+            plan = Plan(data["method"], data["args"], sites, _others(data, sites))
         except (KeyError, TypeError, AttributeError) as problem:
             raise ValueError(
                 f"{where} is not a subspan plan (format, sites, method, args, other_bytes): {problem}; "
@@ -192,8 +214,13 @@ def site_plan(
     reason: str = "",
     where: str = "matrix",
     bias: int = 0,
+    ridge: float = 0.0,
+    tokens: int = 0,
 ) -> SitePlan:
-    """The row for a rank: two factors below break-even, dense above it, untouched at full rank."""
+    """The row for a rank: two factors below break-even, dense above it, untouched at full rank.
+
+    A `ridge` that the statistic of `tokens` inputs needed is said in the reason.
+    """
     m, n = shape
     linalg.check_rank(rank, m, n, where)
     form: Form = "keep" if rank == min(m, n) else "lowrank" if rank <= break_even(m, n) else "dense"
@@ -204,7 +231,7 @@ def site_plan(
     }
     return SitePlan(
         shape, rank, form, bits, m * n * bits // 8, _cost(shape, rank, form, bias) * bits // 8,
-        0.0 if form == "keep" else error(rank), reason or why[form], bias,
+        0.0 if form == "keep" else error(rank), reason or why[form] + _ridged(ridge, tokens, n), bias, ridge,
     )  # fmt: skip
 
 
@@ -221,11 +248,23 @@ def _cost(shape: tuple[int, int], rank: int, form: Form, bias: int) -> int:
     return m * n if form == "keep" else bias + (rank * (m + n) if form == "lowrank" else m * n)
 
 
+def _ridged(ridge: float, tokens: int, n: int) -> str:
+    """The ridge, and the tokens and inputs it was needed for."""
+    return f"; ridge {ridge:g} for {tokens:,} tokens in {n:,} inputs" if ridge else ""
+
+
 def _asked(kind: str, value: object) -> str:
     """A target as it stands behind what was reached."""
     if not isinstance(value, int | float):
         return ""
     return f" (at most {value / 2**20:.1f})" if kind == "bytes" else f" (target {value:.1%})"
+
+
+def _others(data: Mapping[str, Any], sites: Mapping[str, SitePlan]) -> int:
+    """The bytes of all that has no row: what the file says, or for a file with other rows than once, the rest."""
+    whole = data.get("totals", {}).get("bytes_before")
+    said: int = data["other_bytes"]
+    return said if whole is None else max(int(whole) - sum(site.bytes_before for site in sites.values()), 0)
 
 
 def _whole(rank: object, where: str) -> None:
@@ -245,4 +284,7 @@ def _row(row: Mapping[str, Any], where: str) -> SitePlan:
     _whole(site.bias, where)
     if site.form not in get_args(Form):
         raise ValueError(f"{where}: form {site.form!r} is unknown; choose one of {', '.join(get_args(Form))}")
-    return priced(replace(site, rank=site.full if site.form == "keep" else site.rank))
+    if site.form == "keep":
+        return priced(replace(site, rank=site.full))
+    linalg.check_rank(site.rank, *site.shape, where)
+    return priced(site)

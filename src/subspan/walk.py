@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspan import site
 from subspan.compress import Calibration, Compression, OneShot, Track, compressed, gained, study
-from subspan.edit import Edit, edit, linears, shapes, sites
+from subspan.edit import Edit, edit, matrices, shapes, sites
 from subspan.fit import Decomposition, decompose
 from subspan.metric import Batches, Forward, Measure, collect, evaluating
 from subspan.plan import Plan, SitePlan, priced
@@ -18,6 +19,7 @@ from subspan.select import Select
 from subspan.threads import spread
 
 Slot = int | str
+Swaps = dict[str, tuple[nn.Module, nn.Module]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +57,13 @@ class Blockwise:
         A measure that needs no data is followed in one shot, which is the same. Raises ValueError for a measure
         of gradients, which no block has alone, and for a model whose blocks form no chain.
         """
-        plan.check(shapes(linears(model)))
-        changed = [name for name, site in plan.sites.items() if site.form != "keep"]
+        plan.check(shapes(matrices(model)))
+        changed = [name for name, row in plan.sites.items() if row.form != "keep"]
         if measure.needs == "nothing" or not changed:
             return OneShot().follow(model, plan, measure, data=data, track=track)
         self.require_inputs(measure)
-        sites(model, changed.__contains__)
-        blocks = _chain(model, changed)
+        site.require_inputs(sites(model, changed.__contains__), measure)
+        blocks = chain(model, changed)
         batches = data.present(measure, changed)
         rows, done = dict(plan.sites), Edit(model, {})
         try:
@@ -69,9 +71,9 @@ class Blockwise:
                 runs = _record(model, blocks, batches, data.forward)
                 for i, block in enumerate(track(blocks)):
                     here = {n: plan.sites[n] for n in changed if f"{n}.".startswith(f"{block}.")}
-                    made = _replace(model, block, here, measure, runs.calls(i))
-                    for name, (row, swap) in made.items():
-                        rows[name], done.swaps[name] = row, swap
+                    made, swaps = _replace(model, block, here, measure, runs.calls(i))
+                    rows |= made
+                    done.swaps |= swaps
                     if i + 1 < len(blocks):
                         runs.advance(i, model.get_submodule(block))
         except BaseException:
@@ -88,22 +90,23 @@ class Blockwise:
 
 
 def _replace(
-    model: nn.Module, block: str, here: Mapping[str, SitePlan], measure: Measure, calls: Sequence[_Call]
-) -> dict[str, tuple[SitePlan, tuple[nn.Module, nn.Module]]]:
+    model: nn.Module, block: str, here: Mapping[str, SitePlan], measure: Measure, calls: Sequence[Call]
+) -> tuple[dict[str, SitePlan], Swaps]:
     """Calibrate and replace the sites of one block; returns their rows with the errors made, and the swaps."""
     if not here:
-        return {}
-    found = {name: linears(model)[name] for name in here}
+        return {}, {}
+    every = matrices(model)
+    found = {name: every[name] for name in here}
     module = model.get_submodule(block)
     means = collect(module, calls, measure, found, forward=lambda b, call: call.run(b))
 
     def take(name: str) -> Decomposition:
-        return decompose(found[name].weight.detach(), measure.metric(means[name]))
+        return decompose(site.matrix(found[name]).detach(), measure.metric(means[name]))
 
     parts = dict(zip(found, spread(take, found), strict=True))
     swaps = edit(model, list(here), lambda n, layer: compressed(layer, here[n], parts[n], where=n)).swaps
     made = {n: replace(s, error=parts[n].error(s.rank), bias=gained(found[n], parts[n])) for n, s in here.items()}
-    return {name: (priced(row), swaps[name]) for name, row in made.items()}
+    return {name: priced(row) for name, row in made.items()}, swaps
 
 
 def _block(name: str) -> str | None:
@@ -117,7 +120,7 @@ def _block(name: str) -> str | None:
     return None if at is None else ".".join(parts[: at + 1])
 
 
-def _chain(model: nn.Module, names: Sequence[str]) -> list[str]:
+def chain(model: nn.Module, names: Sequence[str]) -> list[str]:
     """All blocks from the first to the last one that holds a site."""
     blocks = {name: _block(name) for name in names}
     if outside := [name for name, block in blocks.items() if block is None]:
@@ -139,7 +142,7 @@ def _chain(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Call:
+class Call:
     """The arguments a block was called with; `slot` says which of them are the hidden states."""
 
     args: tuple[Any, ...]
@@ -160,10 +163,10 @@ class _Call:
 class _Runs:
     """What every block was called with in every batch, and the hidden states that enter the next block."""
 
-    tapes: list[list[_Call]]
+    tapes: list[list[Call]]
     hidden: list[Tensor]
 
-    def calls(self, i: int) -> list[_Call]:
+    def calls(self, i: int) -> list[Call]:
         """The calls of block i on the present hidden states, one for each batch."""
         return [replace(tape[i], hidden=x) for tape, x in zip(self.tapes, self.hidden, strict=True)]
 
@@ -173,7 +176,7 @@ class _Runs:
             self.hidden[batch] = call.run(block)
 
 
-class _Recorded(Exception):
+class Recorded(Exception):
     """Raised inside a forward pass to end it where no more is wanted."""
 
 
@@ -182,13 +185,13 @@ def _record(model: nn.Module, blocks: Sequence[str], batches: Batches, forward: 
     runs = _Runs([], [])
     for batch in batches:
         # The first batch runs to its end, to see that no block is called again.
-        tape = _Tape(blocks, ends=bool(runs.tapes))
+        tape = Tape(blocks, ends=bool(runs.tapes))
         modules = [model.get_submodule(block) for block in blocks]
         hooks = [m.register_forward_pre_hook(tape.enter(i), with_kwargs=True) for i, m in enumerate(modules)]
         hooks += [m.register_forward_hook(tape.leave(i)) for i, m in enumerate(modules)]
         try:
             forward(model, batch)
-        except _Recorded:
+        except Recorded:
             pass
         finally:
             for hook in hooks:
@@ -201,7 +204,7 @@ def _record(model: nn.Module, blocks: Sequence[str], batches: Batches, forward: 
     return runs
 
 
-class _Tape:
+class Tape:
     """One batch's way through the blocks."""
 
     first: Tensor
@@ -209,7 +212,7 @@ class _Tape:
     def __init__(self, blocks: Sequence[str], *, ends: bool) -> None:
         self.blocks = blocks
         self.ends = ends
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         self.last: Tensor | None = None
 
     def enter(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -227,9 +230,9 @@ class _Tape:
             if i == 0:
                 self.first = named[slot].clone()
             rest = tuple(None if k == slot else v for k, v in enumerate(args))
-            self.calls.append(_Call(rest, {k: None if k == slot else v for k, v in kwargs.items()}, slot))
+            self.calls.append(Call(rest, {k: None if k == slot else v for k, v in kwargs.items()}, slot))
             if self.ends and i + 1 == len(self.blocks):
-                raise _Recorded
+                raise Recorded
 
         return see
 

@@ -18,7 +18,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from subspan import io
 from subspan.edit import edit
-from subspan.ops import Dense, Diag, LinOp, LowRank, OpLinear, Product, Scaled, Sum, Transposed
+from subspan.ops import (
+    BlockCayley,
+    Columns,
+    Dense,
+    Diag,
+    Entries,
+    Hadamard,
+    Kron,
+    LinOp,
+    LowRank,
+    OpLinear,
+    Product,
+    Scaled,
+    Seeded,
+    Stacked,
+    Sum,
+    Transposed,
+    Zero,
+)
 
 
 def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -39,6 +57,13 @@ ROWS: dict[str, Callable[[], LinOp]] = {
             Scaled(Transposed(Sum([LowRank(rand(4, 2), rand(2, 5)), Dense(rand(4, 5, seed=2))])), 1 / 3),
         ]
     ),
+    "kron": lambda: Kron(Dense(rand(2, 3)), Diag(rand(2))),
+    "hadamard": lambda: Hadamard(LowRank(rand(5, 1), rand(1, 4)), LowRank(rand(5, 2), rand(2, 4))),
+    "entries": lambda: Entries(torch.tensor([1, 7, 19]), rand(3), 5, 4),
+    "columns": lambda: Columns(torch.tensor([0, 3]), rand(5, 2), 4),
+    "stacked": lambda: Stacked(Transposed(Seeded(1, 4, 2)), rand(3, 2), rand(3, 4)),
+    "cayley": lambda: BlockCayley(rand(2, 3)),
+    "zero": lambda: Zero(5, 4),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -77,6 +102,8 @@ def test_an_op_comes_back_from_its_description_and_its_tensors_bit_for_bit(name,
     op = ROWS[name]().to(dtype)
     described = json.loads(json.dumps(io.spec(op)))
     made = io.build(described)
+    if Seeded in parts(op):  # a seed has no precision of its own
+        made = made.to(dtype)
     made.load_state_dict(op.state_dict(), strict=True)
     assert io.spec(made) == described and made.shape == op.shape
     assert same(made.state_dict(), op.state_dict())
@@ -96,7 +123,9 @@ def test_a_description_holds_no_numbers_of_the_tensors():
 
 
 def test_an_unknown_op_is_refused_with_what_is_known():
-    with pytest.raises(ValueError, match=r"unknown op 'Butterfly'; this version knows Dense, Diag, .*upgrade"):
+    with pytest.raises(
+        ValueError, match=r"unknown op 'Butterfly'; this version knows BlockCayley, .*Dense, Diag, .*upgrade"
+    ):
         io.build({OP: "Butterfly"})
     with pytest.raises(ValueError, match="unknown op 'Butterfly'"):
         io.build({OP: "Sum", "ops": [{OP: "Butterfly"}]})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from subspan import io
 from subspan.adapt import Adapted, adapt, init, trainable
 from subspan.compress import study
 from subspan.edit import edit
-from subspan.hosts.folders import open_model, put_adapter, save_adapter, save_model
+from subspan.hosts.folders import added, open_model, put_adapter, save_adapter, save_model
 from subspan.hosts.transformers import LoadedModel
-from subspan.methods import build, methods
+from subspan.methods import build, find, methods
 from subspan.ops import Dense, LowRank, OpLinear
 
 IDS = torch.arange(2 * 24).reshape(2, 24) * 37 % 300
@@ -65,7 +66,8 @@ def cut(model: nn.Module) -> None:
 
 
 def adapted(model: nn.Module, preset: str, seed: int = 0) -> dict[str, Any]:
-    args = {"rank": 3, "alpha": 4.0}
+    takes = signature(find(preset).build).parameters
+    args = {key: value for key, value in {"rank": 3, "alpha": 4.0, "block": 4}.items() if key in takes}
     edit(model, linears(model), adapt(build(preset, "adapter", **args)))
     shaken([p for _, p in trainable(model)], seed)
     return args
@@ -191,8 +193,8 @@ def test_an_adapter_folder_holds_the_added_tensors_and_nothing_else(shelf, prese
     folder = shelf.root / f"{preset}-on-{under}"
     model = open_model(folder).model
     stored = load_file(folder / io.WEIGHTS)
-    assert set(stored) == {name for name, _ in trainable(model)}
-    assert all(torch.equal(p, stored[name]) for name, p in trainable(model))
+    assert set(stored) == set(added(model)) >= {name for name, _ in trainable(model)}
+    assert all(torch.equal(p, stored[name]) for name, p in added(model).items())
     assert (folder / io.WEIGHTS).stat().st_size < (shelf.root / under / io.WEIGHTS).stat().st_size / 2
     assert sorted(p.name for p in folder.iterdir()) == sorted([io.WEIGHTS, io.ABOUT])
 

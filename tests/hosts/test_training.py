@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from subspan.hosts.meter import Meter
 from subspan.hosts.score import nll
-from subspan.hosts.training import cosine, draw, sample, state_bytes, train
+from subspan.hosts.training import cosine, draw, next_token, sample, state_bytes, train
 from subspan.methods import build
 from subspan.optim import Optim
 
@@ -94,6 +94,29 @@ def test_train_is_the_loop_written_by_hand_bit_for_bit(llama, clip, warmup):
     for (name, p), q in zip(llama.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert not llama.training
+
+
+@pytest.mark.parametrize("method", ["adamw", "mezo"])
+def test_the_model_s_own_loss_is_the_default(llama, method):
+    twin = copy.deepcopy(llama)
+    train(llama, batches(2), Optim(llama.named_parameters(), build(method), lr=1e-3), steps=2)
+    train(twin, batches(2), Optim(twin.named_parameters(), build(method), lr=1e-3), steps=2, loss=next_token)
+    assert all(torch.equal(p, q) for p, q in zip(llama.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["sgd", "mezo"])
+def test_four_times_the_loss_at_a_quarter_of_the_rate_is_the_same_training(llama, method):
+    twin = copy.deepcopy(llama)
+
+    def learned(model, lr, loss):
+        named = list(model.named_parameters())
+        rule = Optim(named, build("mezo"), lr=lr) if method == "mezo" else torch.optim.SGD(named, lr=lr)
+        return train(model, batches(3), rule, steps=3, clip=None, loss=loss).train
+
+    one = learned(llama, 1e-3, None)
+    four = learned(twin, 0.25e-3, lambda model, ids: 4 * next_token(model, ids))
+    assert [(step, 4 * loss) for step, loss in one] == four
+    assert all(torch.equal(p, q) for p, q in zip(llama.parameters(), twin.parameters(), strict=True))
 
 
 def test_only_what_the_optimizer_holds_is_clipped_and_stepped(llama):

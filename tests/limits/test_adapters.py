@@ -22,7 +22,21 @@ from subspan.adapt import (
 )
 from subspan.linalg import svd
 from subspan.methods import adapters, methods
-from subspan.methods.adapters import dora, lora, milora, pissa, rslora
+from subspan.methods.adapters import (
+    dora,
+    loha,
+    lokr,
+    lora,
+    lora_xs,
+    milora,
+    oft,
+    paca,
+    pissa,
+    randlora,
+    rslora,
+    shira,
+    vera,
+)
 
 M, N, RANK = 12, 9, 3
 PRESETS = {
@@ -31,7 +45,28 @@ PRESETS = {
     "dora": lambda: dora(rank=RANK, alpha=6.0),
     "pissa": lambda: pissa(rank=RANK, alpha=6.0),
     "milora": lambda: milora(rank=RANK, alpha=6.0),
+    "lora_xs": lambda: lora_xs(rank=RANK, alpha=6.0),
+    "vera": lambda: vera(rank=RANK),
+    "randlora": lambda: randlora(rank=RANK, alpha=6.0),
+    "loha": lambda: loha(rank=RANK, alpha=6.0),
+    "lokr": lambda: lokr(rank=1, alpha=2.0),
+    "oft": lambda: oft(block=RANK),
+    "shira": lambda: shira(rank=RANK),
+    "paca": lambda: paca(rank=RANK, alpha=6.0),
 }
+# A pair u, v of trained factors; all others are in test_structured.py too.
+PAIRS = ["lora", "rslora", "dora", "pissa", "milora"]
+COUNTS = {
+    "dora": RANK * (M + N) + M,
+    "lora_xs": RANK**2,
+    "vera": M + RANK,
+    "randlora": N // RANK * (RANK + N),
+    "loha": 2 * RANK * (M + N),
+    "lokr": 3 * 3 + 1 * (M // 3 + N // 3),
+    "oft": N // RANK * RANK * (RANK - 1) // 2,
+    "paca": RANK * M,
+}
+DRAWN = {"lora", "rslora", "dora", "loha", "lokr", "shira", "paca"}
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -100,7 +135,22 @@ def gradients(adapted: Adapted) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 
 @pytest.mark.parametrize("start", [True, False])
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "dora"])
+def test_g3_gradients_are_those_of_the_weight_that_defines_the_adapter(name, start):
+    adapted = put(PRESETS[name]()) if start else moved(put(PRESETS[name]()))
+    names, tensors = zip(*trainable(adapted), strict=True)
+    x, probe = rand(2, 4, N, seed=7).requires_grad_(), rand(2, 4, M, seed=8)
+    found = torch.autograd.grad((adapted(x) * probe).sum(), (x, *tensors))
+    y = F.linear(x, adapted.weight, adapted.bias)
+    for which, one, two in zip(
+        ("x", *names), found, torch.autograd.grad((y * probe).sum(), (x, *tensors)), strict=True
+    ):
+        assert_close(one, two, rtol=1e-10, atol=1e-12, msg=lambda text, which=which: f"{which}: {text}")
+    assert found[0].norm() > 0 and any(g.norm() > 0 for g in found[1:])
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("name", PAIRS)
 def test_g3_gradients_of_the_factors_in_closed_form(name, start):
     adapted = put(PRESETS[name]()) if start else moved(put(PRESETS[name]()))
     slot = adapted.slot("default")
@@ -117,10 +167,10 @@ def test_g3_gradients_of_the_factors_in_closed_form(name, start):
         assert_close(found["mu"], (g * total).sum(1) / norm)
 
 
-def test_g4_what_trains_is_the_factors_and_the_magnitude():
-    for name, make in PRESETS.items():
-        count = sum(p.numel() for _, p in trainable(put(make())))
-        assert count == RANK * (M + N) + (M if name == "dora" else 0)
+@pytest.mark.parametrize("name", PRESETS)
+def test_g4_what_trains_is_counted(name):
+    count = sum(p.numel() for _, p in trainable(put(PRESETS[name]())))
+    assert count == COUNTS.get(name, RANK * (M + N))
 
 
 def test_g5_state_saves_and_loads(preset, tmp_path):
@@ -132,8 +182,9 @@ def test_g5_state_saves_and_loads(preset, tmp_path):
     assert torch.equal(fresh(x), adapted(x))
 
 
-def test_g6_a_change_of_gauge_changes_nothing(preset):
-    adapted, x = moved(put(preset)), rand(4, N, seed=7)
+@pytest.mark.parametrize("name", PAIRS)
+def test_g6_a_change_of_gauge_changes_nothing(name):
+    adapted, x = moved(put(PRESETS[name]())), rand(4, N, seed=7)
     before = adapted(x).detach()
     mix = rand(RANK, RANK, seed=5) + 3 * torch.eye(RANK).double()
     op = adapted.slot("default").op
@@ -143,11 +194,11 @@ def test_g6_a_change_of_gauge_changes_nothing(preset):
     assert_close(adapted(x), before, rtol=0, atol=1e-10)
 
 
-def test_an_adapter_is_deterministic_and_differs_between_sites(preset):
-    one, two, other = put(preset), put(preset), put(preset, site="other")
-    assert torch.equal(one.slot("default").op.v, two.slot("default").op.v)
-    drawn = isinstance(preset.op, ZeroLowRank)
-    assert torch.equal(one.slot("default").op.v, other.slot("default").op.v) != drawn
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_adapter_is_deterministic_and_differs_between_sites_where_it_is_drawn(name):
+    one, two, other = (put(PRESETS[name](), site=site).state_dict() for site in ("site", "site", "other"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert all(torch.equal(one[key], other[key]) for key in one) == (name not in DRAWN)
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "dora"])
@@ -173,7 +224,7 @@ def test_scales_are_alpha_over_rank_or_its_root():
     assert pissa().join.scale == 1.0
 
 
-@pytest.mark.parametrize("preset", [lora, rslora, dora, pissa])
+@pytest.mark.parametrize("preset", [lora, rslora, dora, pissa, lora_xs, randlora, loha, lokr, paca])
 @pytest.mark.parametrize(("rank", "alpha"), [(0, 1.0), (4, 0.0)])
 def test_impossible_sizes_are_refused(preset, rank, alpha):
     with pytest.raises(ValueError, match=f"alpha {alpha} and rank {rank}"):

@@ -1,5 +1,6 @@
 """Healing trains the low-rank parts and nothing else; LoRA stands on a compressed model without a trace."""
 
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from subspan.adapt import Adapted, adapt, trainable
 from subspan.compress import study
+from subspan.distill import Distill
 from subspan.edit import edit
 from subspan.heal import Factors, only
 from subspan.hosts.training import draw, state_bytes, train
-from subspan.methods import build, methods
+from subspan.methods import build, find, methods
 from subspan.ops import Dense, LowRank, OpLinear
 from subspan.optim import Optim
 
@@ -98,6 +100,41 @@ def test_norms_add_the_norm_weights_and_no_more(model):
     assert changed(model, before) == {name for name, _ in named}
 
 
+def test_the_rest_is_all_there_is_and_tied_tensors_count_once(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
+    before = snapshot(model)
+    named = build("full").choose(model)
+    assert build("full") == Factors(rest=True)
+    assert [id(p) for _, p in named] == [id(p) for p in model.parameters()]
+    assert all(p.requires_grad for p in model.parameters())
+    optimizer = heal(model, named)
+    assert changed(model, before) == set(before)
+    numbers = sum(p.numel() for p in model.parameters())
+    assert state_bytes(optimizer) == 8 * 2 * numbers + 8 * len(named)
+    with pytest.raises(ValueError, match="no low-rank layer to train; compress it first"):
+        build("full").choose(llama())
+
+
+def test_what_learns_does_not_depend_on_the_loss(model):
+    for terms in (None, Distill()):
+        names = [name for name, _ in Factors(loss=terms).choose(model)]
+        assert names == [name for name, p in model.named_parameters() if p.requires_grad]
+        assert names == [name for name, _ in Factors().choose(model)]
+
+
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_galore_on_the_factors_moves_only_them_and_keeps_less_than_adam(model, refresh):
+    before = snapshot(model)
+    named = Factors().choose(model)
+    rule = build("galore", rank=2, every=refresh)
+    optimizer = Optim(named, rule, lr=1e-2)
+    train(model, draw(IDS.flatten(), length=12, batch=2, steps=3), optimizer, steps=3)
+    assert changed(model, before) == {name for name, _ in named}
+    assert {id(p) for p in optimizer.state} == {id(p) for _, p in named}
+    adam = sum(2 * 8 * p.numel() for _, p in named)
+    assert state_bytes(optimizer) < adam
+
+
 def test_a_bias_under_a_norm_like_name_stays_frozen(model):
     model.model.norm.bias = nn.Parameter(torch.zeros(24, dtype=torch.float64))
     assert "model.norm.bias" not in {name for name, _ in Factors(norms=True).choose(model)}
@@ -171,7 +208,9 @@ def requirements(model: nn.Module) -> dict[str, tuple[int, bool]]:
 def test_training_an_adapter_leaves_the_compressed_model_bit_for_bit(model, preset):
     whole = snapshot(model)
     healing = Factors().choose(model)
-    with edit(model, sites(model), adapt(build(preset, "adapter", rank=2))):
+    takes = signature(find(preset).build).parameters
+    small = {name: 2 for name in ("rank", "block") if name in takes}
+    with edit(model, sites(model), adapt(build(preset, "adapter", **small))):
         before = snapshot(model)
         named = trainable(model)
         heal(model, named)

@@ -18,3 +18,13 @@ from subspan.adapt.layer import SubtractInit as SubtractInit
 from subspan.adapt.layer import adapt as adapt
 from subspan.adapt.layer import merge as merge
 from subspan.adapt.layer import trainable as trainable
+from subspan.adapt.multiply import Rotate as Rotate
+from subspan.adapt.starts import ColumnsOf as ColumnsOf
+from subspan.adapt.starts import Nothing as Nothing
+from subspan.adapt.starts import RandomBases as RandomBases
+from subspan.adapt.starts import RandomBasis as RandomBasis
+from subspan.adapt.starts import SparseEntries as SparseEntries
+from subspan.adapt.starts import TopCore as TopCore
+from subspan.adapt.starts import UpdateCore as UpdateCore
+from subspan.adapt.starts import ZeroHadamard as ZeroHadamard
+from subspan.adapt.starts import ZeroKron as ZeroKron

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from subspan.adapt.fast import Norms, bare, eager, norms_lowrank, sum_lowrank
 from subspan.linalg import wide
 from subspan.ops import LinOp
 from subspan.ops.base import hold
@@ -78,7 +80,7 @@ class Add:
 
     def forward(self, base: Layer, op: LinOp, x: Tensor) -> Tensor:
         """base(x) + scale * op(x)."""
-        return base(x) + self.scale * apply(op, x)
+        return added(base, op, self.scale, x)
 
     def remainder(self, w: Tensor, op: LinOp) -> Tensor:
         """w - scale * op, (m, n)."""
@@ -93,12 +95,26 @@ class Rescale(nn.Module):
     The norm carries no gradient (their section 4.3). A row of zeros stays zero until the op moves it.
     `at` sets mu to the present norms, so that nothing changes at first; before that, using the join raises
     ValueError.
+
+    The norms of a low-rank op come from its factors (`fast.norms_lowrank`). The row norms of a base parameter are
+    remembered while no operation writes to it, and in eval mode so are those of the sum while the factors are
+    equal. A write through `base.weight.data` is seen only after a call of `train` or `eval`, or a move.
     """
 
     def __init__(self, scale: float = 1.0, mu: Tensor | None = None) -> None:
         super().__init__()
         self.scale = float(scale)
         self.mu = None if mu is None else hold(mu)
+        self._norms = Norms()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode and forget what was remembered."""
+        self._norms.forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._norms.forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def extra_repr(self) -> str:
         """The scale."""
@@ -124,14 +140,18 @@ class Rescale(nn.Module):
         return gain.unsqueeze(-1) * Add(self.scale).weight(w, op)
 
     def forward(self, base: Layer, op: LinOp, x: Tensor) -> Tensor:
-        """base(x) + (gain - 1) * (base(x) - bias) + gain * scale * op(x)."""
-        with torch.no_grad():
-            norm = row_norms(base.weight, op, self.scale)
-        gain = self.gain(norm)
-        y = base(x)
-        linear = y if base.bias is None else y - base.bias
-        # As a difference from 1, a gain of 1 leaves the base output as it is, bit for bit.
-        return y + (gain - 1).to(y.dtype) * linear + (gain * self.scale).to(y.dtype) * apply(op, x)
+        """gain * base(x) + (1 - gain) * bias + gain * scale * op(x).
+
+        A gain of 1 leaves base(x) + scale * op(x) as it is, bit for bit.
+        """
+        gain = self.gain(self.norms(base.weight, op))
+        return stretched(added(base, op, self.scale, x), gain, base.bias)
+
+    def norms(self, w: Tensor, op: LinOp) -> Tensor:
+        """`row_norms` of the sum, or what is remembered of it."""
+        if op.factors is None:
+            return row_norms(w, op, self.scale)
+        return self._norms(w, *op.factors, self.scale, keep=not self.training)
 
     def remainder(self, w: Tensor, op: LinOp) -> Tensor:
         """w - scale * op, (m, n)."""
@@ -146,8 +166,36 @@ def row_norms(w: Tensor, op: LinOp, scale: float) -> Tensor:
     >>> row_norms(torch.tensor([[3.0, 0.0]]), Dense(torch.tensor([[0.0, 2.0]])), 2.0)
     tensor([5.])
     """
+    if op.factors is not None:
+        return norms_lowrank(w, *op.factors, scale)
     norms: Tensor = torch.linalg.vector_norm(Add(scale).weight(w, op), dim=-1)
     return norms
+
+
+def added(base: Layer, op: LinOp, scale: float, x: Tensor) -> Tensor:
+    """base(x) + scale * op(x): (..., n) -> (..., m), in the precision of base(x).
+
+    The base's output is written over only where nobody else can see it: that of an ordinary `nn.Linear` without
+    hooks.
+    """
+    factors = op.factors if bare(op) else None
+    if factors is None or not (torch.is_autocast_enabled(x.device.type) or x.dtype == factors[1].dtype):
+        y = base(x)
+        return torch.add(y, apply(op, x).to(y.dtype), alpha=scale)
+    fresh = type(base) is nn.Linear and bare(base) and eager(x, base.weight, *factors)
+    rows = x.reshape(-1, x.shape[-1])
+    # Others may tell batch from length.
+    y = base(rows) if fresh else base(x).reshape(rows.shape[0], op.shape[0])
+    y = sum_lowrank(y, rows, *factors, scale, fresh=fresh)
+    return y.view(*x.shape[:-1], op.shape[0])
+
+
+def stretched(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """gain * (z - bias) + bias; exactly z where the gain is 1."""
+    if z.dtype == gain.dtype:
+        return z * gain if bias is None else torch.addcmul(bias * (1 - gain), z, gain)
+    # A gain near 1 has few digits in half precision, its difference from 1 has all of them.
+    return torch.addcmul(z, z if bias is None else z - bias.to(z.dtype), (gain - 1).to(z.dtype))
 
 
 def apply(op: LinOp, x: Tensor) -> Tensor:

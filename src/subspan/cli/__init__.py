@@ -16,9 +16,11 @@ from subspan.cli.common import Verb
 VERBS = {
     "demo": "Train, compress, heal and compare small models; writes one html report.",
     "methods": "List the published methods this library is made of.",
-    "inspect": "Show what a model's weights look like: spectra, effective ranks, what is low-rank.",
+    "inspect": "Show what a model's weights look like: spectra, effective ranks, what is low-rank; "
+    "or how two differ.",
     "plan": "Choose ranks, or see what an optimizer will hold, before anything is changed.",
     "compress": "Replace layers by low-rank ones, by a plan or by a method, and save the model.",
+    "adapter": "Check, convert, merge or compare adapters, PEFT's or subspan's own.",
     "export": "Write a compressed model for software that does not know subspan.",
     "train": "Train a small language model from scratch with any optimizer of the list.",
     "finetune": "Train an adapter, the low-rank parts, or all weights of a model on your text.",
@@ -39,10 +41,20 @@ class Lazy(TyperGroup):
 def load(verb: str) -> Any:
     """Import a verb's module and make its command."""
     module = importlib.import_module(f"subspan.cli.{verb}")
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    epilog = f"[bold]Example:[/bold]\n\n[cyan]{module.EXAMPLE}[/cyan]"
-    app.command(verb, cls=Verb, epilog=epilog)(module.run)
+    app = typer.Typer(name=verb, add_completion=False, rich_markup_mode="rich")
+    parts: dict[str, Any] = getattr(module, "PARTS", {})
+    if parts:
+        app.callback(epilog=epilog(module.EXAMPLE), invoke_without_command=True)(module.run)
+    else:
+        app.command(verb, cls=Verb, epilog=epilog(module.EXAMPLE))(module.run)
+    for name, (run, example) in parts.items():
+        app.command(name, cls=Verb, epilog=epilog(example))(run)
     return typer.main.get_command(app)
+
+
+def epilog(example: str) -> str:
+    """The last words of a verb's help."""
+    return f"[bold]Example:[/bold]\n\n[cyan]{example}[/cyan]"
 
 
 def root(

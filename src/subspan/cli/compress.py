@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from subspan.cli.common import (
@@ -21,7 +23,6 @@ from subspan.cli.common import (
     Metric,
     Model,
     Out,
-    Precision,
     Ratio,
     Result,
     Seed,
@@ -30,14 +31,23 @@ from subspan.cli.common import (
     Window,
     bar,
     mebibytes,
+    note,
     note_unused,
     one_of,
 )
 from subspan.compress import OneShot, Walk
 from subspan.hosts import folders, jobs
-from subspan.io import WEIGHTS
+from subspan.hosts import stream as streaming
+from subspan.inspect import compression_report, measured_errors, write_page
+from subspan.plan import Plan
 from subspan.walk import Blockwise
 
+HELP_STREAM = (
+    "Never hold the whole model: block by block from safetensors files. What is finished lies in OUT.partial, and "
+    "the same command goes on from there. Share the work with torchrun --nproc-per-node N -m subspan compress ..."
+)
+HELP_DTYPE = "The precision the model is loaded in: by default float32, with --stream that of its files."
+HELP_REPORT = "Write a page there: ranks, and predicted errors against those on the calibration text."
 EXAMPLE = "subspan compress smollm2 --method svd_llm --err 0.3 --calibrate @prose -o out"
 
 
@@ -58,11 +68,13 @@ def run(
     blockwise: Annotated[
         bool, typer.Option("--blockwise", help="Calibrate every block through the ones already compressed.")
     ] = False,
+    stream: Annotated[bool, typer.Option("--stream", help=HELP_STREAM)] = False,
+    report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help=HELP_REPORT)] = None,
     force: Force = False,
     as_json: Json = False,
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: Precision = DType.float32,
+    dtype: Annotated[DType | None, typer.Option("--dtype", help=HELP_DTYPE)] = None,
     debug: Debug = False,
 ) -> Result:
     """Replace layers by low-rank ones, by a plan or by a method, and save the model.
@@ -74,25 +86,55 @@ def run(
         refuse_with_plan(**sizes, metric=metric, select=select)
     else:
         one_of(**sizes)
-    jobs.vacant(out, force=force, reads=[model, *([plan] if plan else []), *(calibrate or [])])
+    if stream and report is not None:
+        raise typer.BadParameter("--report needs the whole model in memory; leave it out, or leave out --stream")
+    # A stream looks for itself: what is there may be its own work, finished or not.
+    jobs.vacant(out, force=force or stream, reads=[model, *([plan] if plan else []), *(calibrate or [])])
     given = None if plan is None else jobs.read_plan(plan)
     name = given.method if given else str(method)
     args = given.args if given else jobs.encode(jobs.target_of(**sizes), metric)
     made = jobs.decode(name, args)
     jobs.require_data(name, made, calibrate)
     note_unused(name, calibrate, needed=made.needs_data)
-    loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed, merged=True)
-    batches = jobs.calibration(loaded, made, calibrate, limit=tokens, window=window)
     track = bar("decomposing")
+    if stream:
+        lean = streaming.opened(model, dtype=None if dtype is None else getattr(torch, dtype))
+        place = jobs.place(device)
+        batches = jobs.calibration(lean, made, calibrate, limit=tokens, window=window, device=place)
+        given = streaming.compress(
+            lean, out, method=name, args=args, plan=given, select=select, batches=batches, sequential=blockwise,
+            device=place, track=track, force=force,
+        )  # fmt: skip
+        return written(out, given)
+    loaded = jobs.opened(model, dtype=dtype or DType.float32, device=device, seed=seed, merged=True)
+    batches = jobs.calibration(loaded, made, calibrate, limit=tokens, window=window)
     walk: Walk = Blockwise() if blockwise else OneShot()
     if given:
-        given, _ = jobs.follow_plan(loaded.model, given, batches=batches, track=track, walk=walk)
+        given, done = jobs.follow_plan(loaded.model, given, batches=batches, track=track, walk=walk)
     else:
-        given, _ = jobs.do_method(loaded.model, name, args, select=select, batches=batches, track=track, walk=walk)
+        given, done = jobs.do_method(
+            loaded.model, name, args, select=select, batches=batches, track=track, walk=walk
+        )
+    for remark in given.remarks():
+        note(remark)
+    if report is not None:
+        seen = {}
+        if batches is not None:
+            seen = measured_errors(loaded.model, done.swaps, list(batches), forward=jobs.forward)
+        note(f"wrote {write_page(compression_report(given, seen, model=str(model), seed=seed), report)}")
     folders.save_model(out, loaded, {"method": given.method, "plan": given.to_dict()}, force=force)
-    size = (out / WEIGHTS).stat().st_size
-    done = f"wrote {out}: {WEIGHTS} has {mebibytes(size)}"
-    return Result({"out": str(out), "file_bytes": size, "plan": given.to_dict()}, (given.table(LIMIT), done))
+    return written(out, given)
+
+
+def written(out: Path, plan: Plan) -> Result:
+    """What there is to say of a folder that is finished; only the first process of several says it."""
+    if os.environ.get("RANK", "0") != "0":
+        raise typer.Exit
+    files = sorted(out.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    what = files[0].name if len(files) == 1 else f"{len(files)} safetensors files"
+    done = f"wrote {out}: {what} {'has' if len(files) == 1 else 'have'} {mebibytes(size)}"
+    return Result({"out": str(out), "file_bytes": size, "plan": plan.to_dict()}, (plan.table(LIMIT), done))
 
 
 def refuse_with_plan(**given: object) -> None:

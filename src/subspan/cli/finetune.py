@@ -33,6 +33,15 @@ from subspan.methods import find
 
 EXAMPLE = "subspan finetune smollm2 --method lora --data @code --steps 20 -o runs/lora"
 
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher",
+        metavar="MODEL",
+        help="The dense model that pela learns from; by default the one that MODEL was compressed from.",
+    ),
+]
+
 
 def run(
     model: Model,
@@ -43,6 +52,7 @@ def run(
     rank: Rank = None,
     alpha: Annotated[float | None, typer.Option("--alpha", help="An adapter's scale is alpha / rank.")] = None,
     every: Every = None,
+    teacher: Teacher = None,
     lr: Rate = None,
     steps: Steps = 100,
     batch: Batch = 4,
@@ -59,19 +69,22 @@ def run(
     An adapter is saved alone and names its base; the other kinds save the whole model.
     """
     find(method)
-    jobs.vacant(out, force=force, reads=[model, *data])
+    master = lessons.teacher_for(method, model, teacher)
+    jobs.vacant(out, force=force, reads=[model, *data, *([] if master is None else [master])])
     count = None if rank is None else lessons.parse_rank(rank)
     loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed)
     length = jobs.window_for(loaded.model, window, usual=128)
     content = text.read(data)
     note(f"training on {len(content):,} characters")
     found = lessons.split(jobs.tokens(loaded.tokenizer, content), length)
+    above = None if master is None else jobs.opened(master, dtype=dtype, device=device, merged=True).model
     learns = lessons.learning(
-        loaded.model, method, steps=steps, select=select, rank=count, alpha=alpha, every=every
+        loaded.model, method, steps=steps, select=select, rank=count, alpha=alpha, every=every, teacher=above
     )
     rate = lessons.default_lr(method, scratch=False) if lr is None else lr
     history = lessons.fit(loaded.model, learns, found, steps=steps, batch=batch, lr=rate, seed=seed, label=method)
     about = {"method": method, "args": learns.args, "lr": rate, "seed": seed, "data": data}
+    about |= {} if master is None else {"teacher": master}
     notes = lessons.diary(history, about)
     if learns.kind == "adapter":
         folders.save_adapter(

@@ -8,9 +8,6 @@ move them to `TOLERANCE`, or as far as running the model itself in that precisio
 from __future__ import annotations
 
 import copy
-import json
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspan import io
+from subspan import io, site
 from subspan.edit import edit
 from subspan.hosts import folders, quantizer, text
 from subspan.hosts import transformers as host
+from subspan.hosts.peft import check_fits, layers_of, read_peft
+from subspan.hosts.peft_write import Factor, write_peft
 from subspan.hosts.transformers import LoadedModel
-from subspan.ops import Dense, LinOp, LowRank, OpLinear, Scaled, Sum
+from subspan.ops import Dense, LinOp, LowRank, OpLayer, OpLinear, Scaled, Sum
+from subspan.site import OpConv1D
 
 # Of the largest logit: rounding of a product in another order, through all layers.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 BASE, ADAPTER = "base", "adapter"
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _TOKENS = 64
 
 
@@ -62,20 +61,36 @@ def export_peft(loaded: LoadedModel, out: str | Path, *, force: bool = False) ->
     """Write OUT/base, a transformers folder, and OUT/adapter, a LoRA in PEFT's layout: together the model.
 
     A low-rank layer u v becomes a zero weight in the base and the adapter's factors lora_B = u, lora_A = v; what
-    else an op adds to it stays in the base, and so does every op without factors. Scales are 1. Raises as
-    `export_dense` does, and ValueError for a model without low-rank layers.
+    else an op adds to it stays in the base, and so does every op without factors. Scales are 1. Only linear
+    layers can be adapters, and `Conv1D` ones where there are no others, as a LoRA knows one order of axes; the
+    rest stays in the base, multiplied back. Raises as `export_dense` does, and ValueError for a model without
+    low-rank layers.
     """
-    split = {name: _split(layer.op) for name, layer in quantizer.layers(loaded.model).items()}
+    found, owners = quantizer.single(loaded.model), quantizer.stacks(loaded.model)
+    kind = next((k for k in (OpLinear, OpConv1D) if k in {type(layer) for layer in found.values()}), OpLinear)
+    split = {name: _split(layer.op) for name, layer in found.items() if type(layer) is kind}
     factors = {name: factor for name, (_, factor) in split.items() if factor is not None}
     if not factors:
         raise ValueError(f"{loaded.source} has no low-rank layer that could be an adapter; export it --to dense")
     check = _check_for(loaded)
-    found = quantizer.layers(loaded.model)
+
+    def make(name: str, _: nn.Module) -> nn.Module:
+        if name in split:
+            return _remainder(found[name], split[name][0])
+        return quantizer.unstack(owners[name]) if name in owners else quantizer.dense(found[name])
+
     with io.staged(out, force=force) as folder:
         (folder / BASE).mkdir()
-        with edit(loaded.model, list(found), lambda name, _: _remainder(found[name], split[name][0])):
+        with edit(loaded.model, [*found, *owners], make):
             _write(loaded, folder / BASE)
-        _write_adapter(folder / ADAPTER, factors, base=Path(out).resolve() / BASE)
+        write_peft(
+            folder / ADAPTER,
+            {name: Factor(factor.u, factor.v, 1.0) for name, factor in factors.items()},
+            names=list(layers_of(loaded.model)),
+            base=str(Path(out).resolve() / BASE),
+            kind=type(loaded.model),
+            turned=kind is OpConv1D,
+        )
         read = host.load_folder(folder / BASE, dtype=check.wanted.dtype, device=check.ids.device).model
         put_peft(read, folder / ADAPTER)
         return check(read, Path(out))
@@ -86,29 +101,17 @@ def put_peft(model: nn.Module, folder: str | Path) -> None:
 
     Reads what `export_peft` writes. Raises ValueError for other tensors or other layers.
     """
-    config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    tensors = io.read_tensors(Path(folder) / TENSORS)
-    prefix, a, b = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-    names = [key.removeprefix(prefix).removesuffix(a) for key in tensors if key.endswith(a)]
-    expected = {f"{prefix}{name}{end}" for name in names for end in (a, b)}
-    if set(tensors) != expected or set(names) != set(config["target_modules"]):
-        raise ValueError(f"{folder}: the tensors are not those of a LoRA on its target_modules; export it again")
+    saved = read_peft(folder)
+    check_fits(model, saved)
 
     def make(name: str, layer: nn.Module) -> nn.Module:
-        rank, alpha = (config[f"{kind}_pattern"].get(name, config[of]) for kind, of in _PATTERNS)
-        v, u = tensors[f"{prefix}{name}{a}"], tensors[f"{prefix}{name}{b}"]
-        if v.shape[0] != rank:
-            raise ValueError(f"{folder}: {name} has rank {v.shape[0]}, the config says {rank}; export it again")
-        weight = layer.get_parameter("weight")
+        u, v, _ = saved.sites[name]
+        weight = site.matrix(layer)
         factors = LowRank(u.to(weight), v.to(weight))
-        return OpLinear(
-            Sum([Dense(weight), Scaled(factors, alpha / rank)]), dict(layer.named_parameters()).get("bias")
-        )
+        op = Sum([Dense(weight.detach()), Scaled(factors, saved.config.scale_of(name))])
+        return site.of(layer).rebuild(layer, op, site.bias(layer))
 
-    edit(model, names, make)
-
-
-_PATTERNS = (("rank", "r"), ("alpha", "lora_alpha"))
+    edit(model, list(saved.sites), make)
 
 
 def _write(loaded: LoadedModel, folder: Path) -> None:
@@ -137,32 +140,11 @@ def _split(op: LinOp) -> tuple[Tensor | None, LowRank | None]:
     return op.dense().detach(), None
 
 
-def _remainder(layer: OpLinear, rest: Tensor | None) -> nn.Linear:
+def _remainder(layer: OpLayer, rest: Tensor | None) -> nn.Module:
     """What stands in the base where a compressed layer stood."""
     like = next(p for p in layer.op.parameters() if p.is_floating_point())
     weight = like.new_zeros(layer.op.shape) if rest is None else rest.to(like.dtype)
-    return quantizer.plain(weight, layer.bias)
-
-
-def _write_adapter(folder: Path, factors: Mapping[str, LowRank], *, base: Path) -> None:
-    """The two files of a LoRA folder; ranks other than the commonest go into the patterns."""
-    folder.mkdir()
-    usual = Counter(factor.rank for factor in factors.values()).most_common(1)[0][0]
-    other = {name: factor.rank for name, factor in factors.items() if factor.rank != usual}
-    config: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "revision": None,
-        "auto_mapping": None, "inference_mode": True, "r": usual, "lora_alpha": usual, "rank_pattern": other,
-        "alpha_pattern": other, "target_modules": list(factors), "modules_to_save": None, "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
-    }  # fmt: skip
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    sides = {"lora_A": "v", "lora_B": "u"}
-    tensors = {
-        f"base_model.model.{name}.{side}.weight": getattr(factor, part)
-        for name, factor in factors.items()
-        for side, part in sides.items()
-    }
-    io.write_tensors(folder / TENSORS, tensors)
+    return layer.plain(weight)
 
 
 @dataclass(frozen=True)

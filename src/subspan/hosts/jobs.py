@@ -155,9 +155,15 @@ def tokens(tokenizer: Any, content: str, limit: int | None = None) -> Tensor:
 
 
 def calibration(
-    loaded: LoadedModel, made: Compression, files: Sequence[str] | None, *, limit: int, window: int | None
+    loaded: LoadedModel,
+    made: Compression,
+    files: Sequence[str] | None,
+    *,
+    limit: int,
+    window: int | None,
+    device: torch.device | None = None,
 ) -> Tensor | None:
-    """Windows (count, 1, length) of text on the model's device, or None for a measure that reads no data.
+    """Windows (count, 1, length) of text on the model's device or another, or None where no data is read.
 
     Of at most `limit` tokens, but one window at least. Raises what `text.read` and `text.windows` raise.
     """
@@ -165,7 +171,7 @@ def calibration(
         return None
     length = window_for(loaded.model, window)
     ids = tokens(loaded.tokenizer, text.read(files), max(limit, length))
-    return text.windows(ids, length).unsqueeze(1).to(device_of(loaded.model))
+    return text.windows(ids, length).unsqueeze(1).to(device or device_of(loaded.model))
 
 
 def forward(model: nn.Module, ids: Tensor) -> object:
@@ -182,6 +188,11 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
 def device_of(model: nn.Module) -> torch.device:
     """Where the first parameter is."""
     return next(model.parameters()).device
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The precision of the first parameter."""
+    return next(model.parameters()).dtype
 
 
 def make_plan(

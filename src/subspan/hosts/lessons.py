@@ -6,22 +6,27 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from subspan import io
 from subspan.adapt import Adapted, adapt, trainable
-from subspan.edit import edit
-from subspan.heal import Named, only
+from subspan.adapt.layer import Linear
+from subspan.distill import Distill
+from subspan.edit import edit, sharers, sites
+from subspan.heal import Factors, Named, only
 from subspan.hosts import text
 from subspan.hosts.jobs import Json, fold, place
-from subspan.hosts.training import History, draw, train
+from subspan.hosts.training import History, Loss, draw, train
 from subspan.hosts.transformers import LoadedModel
 from subspan.methods import build, find
+from subspan.ops import OpLinear
 from subspan.optim import Adam, Optim, Recipe, Rule
-from subspan.select import Select
+from subspan.select import Select, pick
 
 VALIDATION_WINDOWS = 32
 HELD_OUT = 0.1
@@ -30,7 +35,8 @@ HELD_OUT = 0.1
 SCRATCH_LR = {"adamw": 3e-3, "galore": 1e-2, "fira": 1e-2, "frugal": 1e-3, "mezo": 1e-4}
 FINETUNE_LR = {
     "adamw": 5e-5, "galore": 2e-4, "fira": 2e-4, "frugal": 5e-5, "mezo": 1e-6,
-    "lora": 1e-3, "rslora": 1e-3, "dora": 1e-3, "pissa": 3e-4, "welore_peft": 3e-4,
+    "lora": 1e-3, "rslora": 1e-3, "dora": 1e-3, "pissa": 3e-4, "welore_peft": 3e-4, "full": 5e-5,
+    "pela": 5e-5,
 }  # fmt: skip
 
 
@@ -71,12 +77,16 @@ def rule(
 
 @dataclass(frozen=True)
 class Learning:
-    """What a method trains: the parameters by name, the rule that steps them, its arguments, and what to save."""
+    """What a method trains: the parameters by name, the rule that steps them, its arguments, and what to save.
+
+    They learn from the model's own loss, or from another.
+    """
 
     named: Named
     rule: Rule | Recipe
     args: Json
     kind: str
+    loss: Loss | None = None
 
 
 def learning(
@@ -88,10 +98,12 @@ def learning(
     rank: int | float | None = None,
     alpha: float | None = None,
     every: int | None = None,
+    teacher: nn.Module | None = None,
 ) -> Learning:
     """Prepare a model for fine-tuning by an adapter, a healing method or an optimizer; all else is frozen.
 
-    Raises ValueError for a compression, and naming an argument that the method does not take.
+    A method that distils needs the teacher, which is frozen too. Raises ValueError for a compression, and naming
+    an argument that the method does not take.
     """
     kind = find(method).kind
     if kind == "compression":
@@ -105,14 +117,98 @@ def learning(
     if kind == "adapter":
         refuse_stack(model, method)
         args = full_args(method, rank=rank, alpha=alpha, every=every)
-        edit(model, select, adapt(build(method, "adapter", **args)))
+        edit(model, adaptable(model, select), adapt(build(method, "adapter", **args)))
         return Learning(only(model, {name for name, _ in trainable(model)}), Adam(), args, kind)
     fold(model)
     if kind == "healing":
-        return Learning(build(method, rank=rank, alpha=alpha, every=every).choose(model), Adam(), {}, kind)
+        heal: Factors = build(method, rank=rank, alpha=alpha, every=every)
+        loss = None if heal.loss is None else taught(heal.loss, teacher, method)
+        return Learning(heal.choose(model), Adam(), {}, kind, loss)
     build(method, alpha=alpha)
     made, args = rule(method, steps=steps, rank=rank, every=every)
     return Learning(only(model, {name for name, _ in model.named_parameters()}), made, args, kind)
+
+
+def adaptable(model: nn.Module, select: Select | None = None) -> list[str]:
+    """The layers that adapters go on: as `edit.sites` chooses among linear ones, and the compressed among those.
+
+    Raises what `edit.sites` and `select.pick` raise.
+    """
+    found = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
+    if not any(isinstance(m, OpLinear) for m in found.values()):
+        return list(sites(model, select))
+    if select is not None:
+        chosen = pick(found, select, what="linear layer")
+        plain = {name for name in chosen if not isinstance(found[name], OpLinear)}
+        if plain:  # refuses those that share their weight
+            sites(model, plain.__contains__)
+        return chosen
+    shared = sharers(model)
+    free = [n for n, m in found.items() if isinstance(m, OpLinear) or id(m.weight) not in shared]
+    return [name for name in free if any(part.isdigit() for part in name.split("."))] or free
+
+
+def distils(method: str) -> bool:
+    """Whether a method learns from a teacher.
+
+    >>> distils("pela"), distils("welore_peft"), distils("lora")
+    (True, False, False)
+    """
+    found = find(method)
+    return found.kind == "healing" and found.build().loss is not None
+
+
+def taught(distill: Distill, teacher: nn.Module | None, method: str) -> Loss:
+    """The loss of a student under a frozen teacher; raises ValueError when there is none."""
+    if teacher is None:
+        raise ValueError(
+            f"{method} distils, and has no teacher; pass the dense model, on the command line --teacher"
+        )
+    master = teacher.requires_grad_(False).eval()
+
+    def answer(model: nn.Module, ids: Tensor) -> Any:
+        return model(input_ids=ids, labels=ids, use_cache=False)
+
+    return lambda model, ids: distill.loss(model, master, ids, answer)
+
+
+def teacher_for(method: str, model: str, asked: str | None) -> str | None:
+    """The name of the model that teaches, if the method has a teacher: as asked, else what `model` was made from.
+
+    Raises ValueError for one that is asked for in vain, and what `teacher_of` raises.
+    """
+    if not distils(method):
+        if asked is not None:
+            raise ValueError(f"--teacher is for methods that distil, and {method} does not; leave it out")
+        return None
+    return teacher_of(model) if asked is None else asked
+
+
+def teacher_of(name: str) -> str:
+    """The dense model that a folder was compressed from, through however many folders; itself when it is dense.
+
+    Raises FileNotFoundError when that is not there any more.
+    """
+    source, seen = name, {name}
+    while (above := made_from(source)) is not None:
+        if above != "smollm2" and (above in seen or not Path(above).is_dir()):
+            raise FileNotFoundError(
+                f"{source} was made from {above}, which is no model folder here; name the dense model with "
+                "--teacher MODEL"
+            )
+        source = above
+        seen.add(source)
+    return source
+
+
+def made_from(name: str) -> str | None:
+    """The model that an adapter's or a compressed folder names as its source; None for any other model."""
+    if name == "smollm2" or not (Path(name) / io.ABOUT).is_file():
+        return None
+    about = io.read_about(name)
+    if about.get("kind") == "adapter":
+        return str(about["base"]["source"])
+    return str(about["source"]) if about.get("sites") else None
 
 
 def refuse_stack(model: nn.Module, method: str) -> None:
@@ -145,7 +241,10 @@ def fit(
     """Train what `learns` names on random windows, as long as those of validation; raises what `train` raises."""
     optimizer = Optim(learns.named, learns.rule, lr=lr, seed=seed)
     batches = draw(data.train, length=data.validation.shape[1], batch=batch, steps=steps, seed=seed)
-    return train(model, batches, optimizer, steps=steps, validation=data.validation, label=label, progress=True)
+    return train(
+        model, batches, optimizer, steps=steps, validation=data.validation, label=label, progress=True,
+        loss=learns.loss,
+    )  # fmt: skip
 
 
 class Split(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +18,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from subspan import io
+from subspan import io, site
 from subspan.adapt import Adapted
-from subspan.edit import Edit, edit
-from subspan.ops import OpLinear
+from subspan.edit import Edit, edit, matrices
+from subspan.ops import OpLayer
+from subspan.ops.experts import Stacked, expert_layers, transposed, unstacked
 
 METHOD = "subspan"
 Sites = Mapping[str, Mapping[str, Any]]
@@ -84,8 +85,8 @@ class SubspanQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # transformers marks what it has filled, and only warns of the rest.
         empty = [
-            f"{site}.{name}"
-            for site, layer in layers(model).items()
+            f"{at}.{name}"
+            for at, layer in layers(model).items()
             for name, p in layer.named_parameters()
             if not getattr(p, "_is_hf_initialized", False)
         ]
@@ -165,9 +166,14 @@ def describe(model: nn.Module) -> dict[str, io.Json]:
     }
 
 
-def layers(model: nn.Module) -> dict[str, OpLinear]:
-    """The compressed layers by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, OpLinear)}
+def layers(model: nn.Module) -> dict[str, OpLayer]:
+    """The compressed layers by name, experts of 3-D parameters each alone."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, OpLayer)}
+
+
+def stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose compressed experts were 3-D parameters, by name."""
+    return {name: module for name, module in model.named_modules() if issubclass(type(module), Stacked)}
 
 
 def rebuild(model: Any, sites: Sites, *, device: str = "cpu") -> Edit:
@@ -177,43 +183,56 @@ def rebuild(model: Any, sites: Sites, *, device: str = "cpu") -> Edit:
     built; the model is left as it was.
     """
     here = _local(model, sites)
-    found = dict(model.named_modules())
-    if wrong := [name for name in here if not isinstance(found.get(name), nn.Linear)]:
+    found = matrices(model)
+    if wrong := [name for name in here if name not in found]:
         raise ValueError(
             f"config.json compresses {len(wrong)} layers that {type(model).__name__} lacks "
             f"({', '.join(wrong[:4])}); it belongs to another model: copy or save the folder again"
         )
 
-    done = edit(model, list(here), lambda name, old: _skeleton(name, cast("nn.Linear", old), here[name], device))
+    done = edit(model, list(here), lambda name, old: _skeleton(name, old, here[name], device))
     for tied in [key for key in _tied(model) if key.rpartition(".")[0] in here]:
         del model.all_tied_weights_keys[tied]
     return done
 
 
 def densify(model: nn.Module) -> Edit:
-    """Replace every compressed layer by an `nn.Linear`; the result's `undo()` puts them back.
+    """Replace every compressed layer by the ordinary one that stood there; the result's `undo()` puts them back.
 
     The product is taken in float32 at least and cast once.
     """
-    found = layers(model)
-    return edit(model, list(found), lambda name, _: dense(found[name]))
+    owners, alone = stacks(model), single(model)
+
+    def make(name: str, _: nn.Module) -> nn.Module:
+        return dense(alone[name]) if name in alone else unstack(owners[name])
+
+    return edit(model, [*alone, *owners], make)
+
+
+def single(model: nn.Module) -> dict[str, OpLayer]:
+    """The compressed layers that are no experts of a 3-D parameter, by name."""
+    inside = tuple(f"{name}." if name else "" for name in stacks(model))
+    return {name: layer for name, layer in layers(model).items() if not name.startswith(inside)}
 
 
 @torch.no_grad()
-def dense(layer: OpLinear) -> nn.Linear:
-    """A plain layer with the product as its weight, in the dtype of the op."""
+def dense(layer: OpLayer) -> nn.Module:
+    """The ordinary layer with the product as its weight, in the dtype of the op."""
+    return layer.plain(_product(layer))
+
+
+@torch.no_grad()
+def unstack(owner: nn.Module) -> nn.Module:
+    """The ordinary module with the products as 3-D parameters, in the dtype of the ops."""
+    keys = owner.stacks if isinstance(owner, Stacked) else ()
+    whole = {key: torch.stack([_product(layer) for layer in expert_layers(owner, key)]) for key in keys}
+    return unstacked(owner, {key: w.mT if transposed(owner) else w for key, w in whole.items()})
+
+
+def _product(layer: OpLayer) -> torch.Tensor:
     dtype = next(p.dtype for p in layer.op.parameters() if p.is_floating_point())
     wide = torch.promote_types(dtype, torch.float32)
-    return plain(copy.deepcopy(layer.op).to(wide).dense().to(dtype), layer.bias)
-
-
-def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """An `nn.Linear` of these tensors."""
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.detach().contiguous())
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone())
-    return made
+    return copy.deepcopy(layer.op).to(wide).dense().to(dtype)
 
 
 def require_whole(file: Path) -> None:
@@ -228,21 +247,21 @@ def require_whole(file: Path) -> None:
         ) from error
 
 
-def _skeleton(name: str, old: nn.Linear, site: Mapping[str, Any], device: str) -> OpLinear:
+def _skeleton(name: str, old: nn.Module, row: Mapping[str, Any], device: str) -> OpLayer:
+    shape, bias = tuple(site.matrix(old).shape), site.bias(old)
     try:
         with torch.device(device):
-            op = io.build(site["op"])
-            layer = OpLinear(op, torch.empty(op.shape[0]) if site["bias"] else None)
+            op = io.build(row["op"])
+            layer = site.of(old).rebuild(old, op, torch.empty(op.shape[0]) if row["bias"] else None)
     except (TypeError, AttributeError, RuntimeError, KeyError) as problem:
         raise _damaged(f"{name} describes no op ({problem})") from None
-    shape = (old.out_features, old.in_features)
-    if op.shape != shape or (layer.bias is None) != (old.bias is None):
+    if op.shape != shape or (bias is not None and layer.bias is None):
         raise ValueError(
-            f"{name}: config.json says an op of {op.shape}{' with a bias' if site['bias'] else ''}, the model has "
-            f"{shape}{'' if old.bias is None else ' with a bias'}; "
+            f"{name}: config.json says an op of {op.shape}{' with a bias' if row['bias'] else ''}, the model has "
+            f"{shape}{'' if bias is None else ' with a bias'}; "
             "it belongs to another model: copy or save the folder again"
         )
-    return layer.to(old.weight.dtype)
+    return layer.to(site.parameter(old).dtype)
 
 
 def _local(model: Any, sites: Sites) -> Sites:
@@ -264,8 +283,8 @@ def _tied_modules(model: Any) -> set[str]:
     return {key.rpartition(".")[0] for pair in pairs for key in pair}
 
 
-def _row(site: object) -> bool:
-    return isinstance(site, Mapping) and isinstance(site.get("op"), Mapping) and isinstance(site.get("bias"), bool)
+def _row(row: object) -> bool:
+    return isinstance(row, Mapping) and isinstance(row.get("op"), Mapping) and isinstance(row.get("bias"), bool)
 
 
 def _damaged(why: str) -> ValueError:

@@ -16,6 +16,9 @@ from subspan.hosts.meter import Meter
 from subspan.hosts.score import nll
 from subspan.optim import Optim
 
+# A scalar tensor; Any, as torch does not type `backward`.
+Loss = Callable[[nn.Module, Tensor], Any]
+
 
 @dataclass
 class History:
@@ -68,8 +71,11 @@ def train(
     label: str = "training",
     progress: bool = False,
     after: Callable[[int], None] | None = None,
+    loss: Loss | None = None,
 ) -> History:
     """Step through the batches (batch, length) of token ids and return what happened.
+
+    It learns from `loss(model, ids)`, by default the model's own next-token loss.
 
     Validation is the mean next-token loss on `validation` (count, length), before the first step, each `every`
     steps and at the end; `after(step)` is called after every step. Raises FloatingPointError when the loss is
@@ -95,18 +101,18 @@ def train(
             if validation is not None and (step - 1) % every == 0:
                 history.validation.append((step - 1, nll(model, validation, batch=8).mean().item()))
             with Meter() as meter:
-                loss = advance(model, ids, optimizer, clip)
+                found = advance(model, ids, optimizer, clip, loss or next_token)
             tokens, seconds = tokens + ids.numel(), seconds + meter.seconds
             history.peak_rss = max(history.peak_rss, meter.peak)
-            history.train.append((step, loss))
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"{label}: the loss is {loss} at step {step}; lower the learning rate")
+            history.train.append((step, found))
+            if not math.isfinite(found):
+                raise FloatingPointError(f"{label}: the loss is {found} at step {step}; lower the learning rate")
             schedule.step()
             if step == 1:
                 moved(watch, label)
             if after is not None:
                 after(step)
-            bar.update(task, advance=1, loss=f"loss {loss:.3f}")
+            bar.update(task, advance=1, loss=f"loss {found:.3f}")
     if validation is not None:
         history.validation.append((steps, nll(model, validation, batch=8).mean().item()))
     history.tokens_per_second = tokens / seconds if seconds else 0.0
@@ -115,21 +121,33 @@ def train(
     return history
 
 
-def advance(model: nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer, clip: float | None) -> float:
+def next_token(model: nn.Module, ids: Tensor) -> Tensor:
+    """The mean next-token loss in nats that a language model gives itself on ids (batch, length)."""
+    found: Tensor = model(input_ids=ids, labels=ids).loss
+    return found
+
+
+def advance(
+    model: nn.Module,
+    ids: Tensor,
+    optimizer: torch.optim.Optimizer,
+    clip: float | None,
+    loss: Loss = next_token,
+) -> float:
     """One step on one batch; returns its loss, and takes no step when that is not finite."""
     ids = ids.to(next(model.parameters()).device)
     if isinstance(optimizer, Optim) and not optimizer.recipe.source.backward:
-        return float(optimizer.step(lambda: model(input_ids=ids, labels=ids).loss))
-    result: Any = model(input_ids=ids, labels=ids)
-    loss: float = result.loss.item()
-    if not math.isfinite(loss):
-        return loss
+        return float(optimizer.step(lambda: loss(model, ids)))
+    found = loss(model, ids)
+    value: float = found.item()
+    if not math.isfinite(value):
+        return value
     optimizer.zero_grad(set_to_none=True)
-    result.loss.backward()
+    found.backward()
     if clip is not None:
         torch.nn.utils.clip_grad_norm_(wanting(optimizer), clip)
     optimizer.step()
-    return loss
+    return value
 
 
 def wanting(optimizer: torch.optim.Optimizer) -> list[Tensor]:

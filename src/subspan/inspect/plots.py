@@ -190,6 +190,39 @@ def perplexity_title(points: Curves, dense: float) -> str:
     )
 
 
+def error_figure(predicted: Mapping[str, float], measured: Mapping[str, float]) -> Figure:
+    """Measured against predicted relative error of every site, on log axes with the diagonal; a colour per type.
+
+    Only sites whose two errors are above 0 are shown; raises ValueError when there is none.
+    """
+    sites = [name for name, error in predicted.items() if error > 0 and measured.get(name, 0.0) > 0]
+    require(dict.fromkeys(sites), "the set of sites with both a predicted and a measured error")
+    kinds = ordered(parse_site(name)[1] for name in sites)
+    style = styles([*TYPES, *kinds])  # so that a type has one colour in all such figures
+    figure, axes = canvas(5.0)
+    for kind in kinds:
+        mine = [name for name in sites if parse_site(name)[1] == kind]
+        x, y = [100 * predicted[n] for n in mine], [100 * measured[n] for n in mine]
+        axes.scatter(x, y, s=20, color=style[kind].color, alpha=0.8, lw=0, label=kind)
+    values = [100 * errors[name] for name in sites for errors in (predicted, measured)]
+    low, high = min(values) / 1.15, max(values) * 1.15
+    axes.plot([low, high], [low, high], color=FAINT, lw=1, ls=(0, (4, 2)), zorder=1)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), aspect="equal")
+    axes.set(xlabel="predicted error, % (log scale)", ylabel="measured error, % (log scale)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set(major_locator=FixedLocator(log_ticks(low, high)), minor_locator=NullLocator())
+        axis.set(major_formatter=FuncFormatter(lambda v, _: f"{v:,.6g}"), minor_formatter=NullFormatter())
+    axes.grid(axis="x", color=FAINT, alpha=0.25, lw=0.6)
+    odds = {name: measured[name] / predicted[name] for name in sites}
+    worst = max(sites, key=lambda name: abs(log10(odds[name])))
+    middle = float(np.median(list(odds.values())))
+    entitle(
+        axes, f"Measured over predicted error: {middle:.3g} in the middle, {odds[worst]:.3g} at {short(worst)}"
+    )
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
 def canvas(height: float) -> tuple[Figure, Any]:
     """An empty figure of the common width with one quiet pair of axes."""
     figure = Figure(figsize=(WIDTH, height), dpi=100, layout="constrained")

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
-from subspan import linalg
+from subspan import linalg, site
 from subspan.budget import Err, Ranks, WeLore
 from subspan.compress import Track
 from subspan.edit import shapes, sites
@@ -116,7 +116,7 @@ def survey(
     spectra: Mapping[str, Tensor] | None = None,
     track: Track[str] = iter,
 ) -> Survey:
-    """Look at the selected linear layers: one pass of singular values, then every number from those.
+    """Look at the selected layers: one pass of singular values, then every number from those.
 
     `spectra` may hand over singular values already computed, by site; `track` wraps the list of sites, for a
     progress bar. WeLore's one threshold is found over all sites that are not flat. Raises ValueError naming the
@@ -132,7 +132,7 @@ def survey(
     shape, given = shapes(found), dict(spectra or {})
 
     def own_values(name: str) -> Tensor:
-        return known(given[name], name, shape[name]) if name in given else values(found[name].weight, name)
+        return known(given[name], name, shape[name]) if name in given else values(site.matrix(found[name]), name)
 
     own = dict(zip(track(list(found)), spread(own_values, found), strict=True))
     ranks = welore_ranks(own, shape, err)

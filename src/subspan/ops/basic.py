@@ -65,6 +65,11 @@ class LowRank(LinOp):
         """The inner size, which bounds the rank."""
         return self.u.shape[1]
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Itself: u (m, rank) and v (rank, n)."""
+        return self.u, self.v
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.v), self.u)
 

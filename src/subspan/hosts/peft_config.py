@@ -1,0 +1,217 @@
+"""What an `adapter_config.json` of PEFT says about a LoRA; fields as of peft 0.21.2."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONFIG = "adapter_config.json"
+
+# Fields that only matter while training, while starting an adapter, or under another field that is refused.
+HARMLESS = frozenset({
+    "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out",
+    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "runtime_config", "velora_config",
+})  # fmt: skip
+READ = frozenset({
+    "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "exclude_modules",
+    "modules_to_save", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "bias",
+})  # fmt: skip
+# Starts that leave the base weight as it is; PiSSA's can be done again, the others cannot.
+KEEPING = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+AUTOMATIC = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "score"}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """A LoRA, rsLoRA, DoRA or PiSSA of PEFT: which layers, of what rank, at what scale.
+
+    >>> config = PeftConfig(rank=8, alpha=16.0, targets=("q_proj",), rank_pattern={"layers.0.q_proj": 4})
+    >>> config.rank_of("model.layers.0.q_proj"), config.scale_of("model.layers.0.q_proj")
+    (4, 4.0)
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] | str | None
+    excluded: tuple[str, ...] | str = ()
+    whole: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    pissa: bool = False
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    base: str | None = None
+    task: str | None = None
+
+    def rank_of(self, site: str) -> int:
+        """The rank at a site: the first pattern that matches the end of its name, else the common one."""
+        return int(_first(self.rank_pattern, site, self.rank))
+
+    def alpha_of(self, site: str) -> float:
+        """The alpha at a site, found as the rank is."""
+        return float(_first(self.alpha_pattern, site, self.alpha))
+
+    def scale_of(self, site: str) -> float:
+        """alpha / rank, or alpha / sqrt(rank) under rsLoRA."""
+        scale: float = self.alpha_of(site) / self.rank_of(site) ** (0.5 if self.rslora else 1.0)
+        return scale
+
+    @property
+    def method(self) -> str:
+        """The preset of ours that this is."""
+        return "dora" if self.dora else "pissa" if self.pissa else "rslora" if self.rslora else "lora"
+
+    def targeted(self, names: Iterable[str], linear: Iterable[str], head: str | None = None) -> set[str]:
+        """The names that `target_modules` selects.
+
+        A list selects by the end of a name, a string is a regular expression for all of it, and "all-linear" is
+        every name of `linear` but the head.
+        """
+        if self.targets is None:
+            return set()
+        if isinstance(self.targets, str) and self.targets.lower() == "all-linear":
+            return {name for name in linear if name != head and not self._left_out(name)}
+        return {name for name in names if name and self._wanted(name) and not self._left_out(name)}
+
+    def _wanted(self, name: str) -> bool:
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, name) is not None
+        if name in (self.targets or ()):
+            return True
+        return _ends(name, self.targets or ()) and (self.layers is None or self._layer(name) in self.layers)
+
+    def _layer(self, name: str) -> int | None:
+        starts = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
+        found = next((m for start in starts if (m := re.match(rf"{start}\.(\d+)\.", name))), None)
+        return int(found.group(1)) if found else None
+
+    def _left_out(self, name: str) -> bool:
+        if isinstance(self.excluded, str):
+            refused = re.fullmatch(self.excluded, name) is not None
+        else:
+            refused = name in self.excluded or _ends(name, self.excluded)
+        return refused or any(re.match(rf"(^|.*\.){re.escape(w)}($|\..*)", name) for w in self.whole)
+
+
+def read_config(folder: str | Path) -> PeftConfig:
+    """Read `adapter_config.json`.
+
+    Raises FileNotFoundError when it is missing, and ValueError for damage, for a method that is not read, and
+    for a field that would change what the adapter means, with its value.
+    """
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}; is it the folder that peft's save_pretrained wrote?")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{file} is not JSON ({problem}); copy it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is not an object of fields; copy it again")
+    try:
+        return parse_config(found)
+    except ValueError as problem:
+        raise ValueError(f"{file}: {problem}") from None
+
+
+def parse_config(found: Mapping[str, Any]) -> PeftConfig:
+    """The fields of a config as a value; raises ValueError as `read_config` does."""
+    if found.get("peft_type") != "LORA":
+        raise ValueError(
+            f"peft_type is {found.get('peft_type')!r}; subspan reads LORA (with rslora, dora, pissa): "
+            "merge it with peft's merge_and_unload and use the whole model"
+        )
+    _refuse(found)
+    targets, excluded = (found.get(key) for key in ("target_modules", "exclude_modules"))
+    layers, init = found.get("layers_to_transform"), found.get("init_lora_weights", True)
+    return PeftConfig(
+        rank=_number(found, "r", 8),
+        alpha=_number(found, "lora_alpha", 8, whole=False),
+        targets=targets if targets is None else _names(targets, "target_modules"),
+        excluded=_names(excluded or (), "exclude_modules"),
+        whole=tuple(found.get("modules_to_save") or ()),
+        rank_pattern=_pattern(found, "rank_pattern", whole=True),
+        alpha_pattern=_pattern(found, "alpha_pattern", whole=False),
+        rslora=bool(found.get("use_rslora")),
+        dora=bool(found.get("use_dora")),
+        pissa=init == "pissa",
+        layers=None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
+        layers_pattern=_patterns(found.get("layers_pattern")),
+        base=found.get("base_model_name_or_path"),
+        task=found.get("task_type"),
+    )
+
+
+def _refuse(found: Mapping[str, Any]) -> None:
+    for key, value in found.items():
+        if key not in HARMLESS | READ and value not in (None, False, {}, [], ()):
+            raise ValueError(
+                f"{key} is {value!r}, which changes what the adapter means and is not read; "
+                "merge it with peft's merge_and_unload and use the whole model"
+            )
+    if found.get("bias", "none") != "none":
+        raise ValueError(
+            f"bias is {found['bias']!r}: it trains the biases of the base as well, and subspan's adapters leave "
+            "the base alone; only 'none' is read: merge it with peft's merge_and_unload"
+        )
+    init = found.get("init_lora_weights", True)
+    if init not in (*KEEPING, "pissa"):
+        raise ValueError(
+            f"init_lora_weights is {init!r}, a start that changes the base weight in a way the folder does not "
+            "keep; save it with peft's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    if init == "pissa" and found.get("use_dora"):
+        raise ValueError("init_lora_weights is 'pissa' and use_dora is true; only one of the two is read")
+
+
+def _number(found: Mapping[str, Any], key: str, default: float, *, whole: bool = True) -> Any:
+    value = found.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value <= 0:
+        raise ValueError(f"{key} is {value!r}; it must be a positive {'whole number' if whole else 'number'}")
+    return value
+
+
+def _pattern(found: Mapping[str, Any], key: str, *, whole: bool) -> dict[str, Any]:
+    pattern = found.get(key) or {}
+    if not isinstance(pattern, Mapping):
+        raise ValueError(f"{key} is {pattern!r}; it must be an object of name -> number")
+    for name in pattern:
+        _regex(name, key)
+    return {name: _number(pattern, name, 0, whole=whole) for name in pattern}
+
+
+def _names(value: Any, key: str) -> tuple[str, ...] | str:
+    if isinstance(value, str):
+        return _regex(value, key)
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{key} is {value!r}; it must be a list of names or one regular expression")
+    return tuple(value)
+
+
+def _regex(pattern: str, key: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as problem:
+        raise ValueError(f"{key} has {pattern!r}, which is no regular expression ({problem})") from None
+    return pattern
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _ends(name: str, wanted: Iterable[str]) -> bool:
+    return any(name.endswith(f".{end}") for end in wanted)
+
+
+def _first(patterns: Mapping[str, Any], site: str, default: float) -> Any:
+    found = (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", site))
+    return next(found, default)

@@ -1,0 +1,278 @@
+"""Any adapter folder, PEFT's or subspan's own: put on a model, or applied to one weight at a time."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from subspan import io
+from subspan.adapt import Adapted, Adapter, Add, KeepBase, adapt
+from subspan.edit import Edit, Make, edit
+from subspan.hosts import folders, quantizer
+from subspan.hosts.peft import PeftFolder, check_fits, layers_of, low_rank, put_peft, read_peft
+from subspan.hosts.peft_config import CONFIG
+from subspan.hosts.peft_keys import PICKLE, PREFIX, peft_tensors, some
+from subspan.hosts.peft_write import tidy
+from subspan.linalg import wide
+from subspan.methods import build
+from subspan.ops import Dense, LinOp, LowRank
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFolder:
+    """One adapter on disk.
+
+    `args` are those of the method's preset, empty when ranks or scales differ between sites. `dtype` is the base's
+    precision that the numbers depend on, None if they do not.
+    """
+
+    path: Path
+    form: Literal["peft", "subspan"]
+    method: str
+    args: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    sites: tuple[str, ...]
+    whole: Mapping[str, Tensor] = field(repr=False)
+    bases: Mapping[str, Tensor] = field(repr=False)
+    base: str | None
+    dtype: torch.dtype | None
+    reads_base: bool
+    fits: Callable[[nn.Module], None] = field(repr=False)
+    put: Callable[[nn.Module, str], Edit] = field(repr=False)
+    make: Callable[[str], Make] = field(repr=False)
+
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """Kind of tensor -> how many there are, and how many numbers they hold."""
+        count: Counter[str] = Counter()
+        size: Counter[str] = Counter()
+        for key, tensor in self.tensors.items():
+            kind = self._kind(key)
+            count[kind] += 1
+            size[kind] += tensor.numel()
+        return {kind: (count[kind], size[kind]) for kind in count}
+
+    def _kind(self, key: str) -> str:
+        if self.form == "subspan":
+            return key.partition(".adapters.default.")[2]
+        last = key.removesuffix(".weight").rpartition(".")[2]
+        return last if last.startswith("lora_") else "modules_to_save"
+
+
+def is_adapter(name: str | Path) -> bool:
+    """Whether a folder holds an adapter, of PEFT or of subspan.
+
+    >>> is_adapter("smollm2")
+    False
+    """
+    folder = Path(name)
+    if any((folder / file).is_file() for file in (CONFIG, PICKLE)):
+        return True
+    return (folder / io.ABOUT).is_file() and io.read_about(folder).get("kind") == "adapter"
+
+
+def read_adapter(path: str | Path, *, prefix: str = PREFIX, root: str = "") -> AdapterFolder:
+    """Read an adapter folder of either kind; raises as `read_peft` does, and ValueError for a model's folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give the folder of an adapter")
+    if (folder / CONFIG).is_file() or (folder / PICKLE).is_file():
+        return _of_peft(read_peft(folder, prefix=prefix, root=root))
+    if not (folder / io.ABOUT).is_file():
+        raise FileNotFoundError(f"{folder} holds neither {CONFIG} nor {io.ABOUT}; give the folder of an adapter")
+    about = io.read_about(folder)
+    if about.get("kind") != "adapter":
+        raise ValueError(f"{folder} holds a whole model, no adapter; give the folder of an adapter")
+    return _of_subspan(folder, about)
+
+
+def _of_peft(saved: PeftFolder) -> AdapterFolder:
+    config = saved.config
+    told = {(config.rank_of(site), tidy(config.alpha_of(site))) for site in saved.sites}
+    rank, alpha = told.pop()
+    return AdapterFolder(
+        path=saved.path, form="peft", method=config.method, args={} if told else {"rank": rank, "alpha": alpha},
+        tensors=peft_tensors(saved.sites, saved.whole), sites=tuple(saved.sites), whole=saved.whole,
+        bases=saved.bases,
+        base=config.base, dtype=None, reads_base=config.dora or config.pissa,
+        fits=lambda model: check_fits(model, saved), put=lambda model, name: put_peft(model, saved, name),
+        make=saved.make,
+    )  # fmt: skip
+
+
+def _of_subspan(folder: Path, about: Mapping[str, Any]) -> AdapterFolder:
+    try:
+        adapter: Adapter = build(about["method"], "adapter", **about["args"])
+        base, sites = about["base"], tuple(about["sites"])
+        source, dtype = str(base["source"]), getattr(torch, base["dtype"])
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"{folder / io.ABOUT} is damaged ({problem!r}); save the adapter again") from None
+    tensors = io.read_tensors(folder / io.WEIGHTS)
+    inside = tuple(f"{site}.adapters.default." for site in sites)
+    if extra := [key for key in tensors if not key.startswith(inside)]:
+        raise ValueError(f"{folder} holds {len(extra)} tensors of no site ({some(extra)}); save the adapter again")
+    simple = isinstance(adapter.join, Add) and isinstance(adapter.base, KeepBase)
+    factors = all(key.endswith((".default.op.u", ".default.op.v")) for key in tensors)
+
+    def make(name: str) -> Make:
+        return lambda site, module: _filled(adapt(adapter, name)(site, module), site, name, tensors, folder)
+
+    def fits(model: nn.Module) -> None:
+        modules = layers_of(model)
+        if lost := [site for site in sites if site not in modules]:
+            raise ValueError(
+                f"{folder} adapts {len(lost)} layers that {type(model).__name__} lacks ({some(lost)}); "
+                "it belongs to another model"
+            )
+
+    def put(model: nn.Module, name: str) -> Edit:
+        fits(model)
+        if folders.fingerprint(model) != base["sha256"]:
+            raise ValueError(
+                f"{folder} was trained on other weights than this model has; give it the base it was made for: "
+                f"{source}"
+            )
+        return edit(model, list(sites), make(name))
+
+    return AdapterFolder(
+        path=folder, form="subspan", method=about["method"], args=about["args"], tensors=tensors, sites=sites,
+        whole={}, bases={}, base=source, dtype=dtype, reads_base=not (simple and factors),
+        fits=fits, put=put, make=make,
+    )  # fmt: skip
+
+
+def _filled(module: nn.Module, site: str, name: str, tensors: Mapping[str, Tensor], folder: Path) -> nn.Module:
+    if isinstance(module, Adapted):
+        inside = f"{site}.adapters.default."
+        own = {f"{inside}{key}": t for key, t in module.slot(name).state_dict(keep_vars=True).items()}
+        io.fill(own, {key: t for key, t in tensors.items() if key.startswith(inside)}, str(folder))
+    return module
+
+
+@torch.no_grad()
+def joined(saved: AdapterFolder, site: str, weight: Tensor) -> Tensor:
+    """The weight (m, n) of one site with the adapter in it, in float32 at least."""
+    adapted = _on(saved, site, weight)
+    return adapted.folded(adapted.active).weight
+
+
+@torch.no_grad()
+def change(saved: AdapterFolder, site: str, weight: Tensor | None = None) -> LinOp:
+    """What the adapter adds to one weight: its factors where it is low-rank, else the dense difference (m, n).
+
+    The weight is not needed unless `reads_base`.
+    """
+    if saved.reads_base:
+        if weight is None:
+            raise ValueError(
+                f"{saved.path}: what {saved.method} changes depends on the base weight; give the base"
+            )
+        return Dense(joined(saved, site, weight) - wide(weight))
+    slot = _on(saved, site, torch.zeros(_shape(saved, site))).slot("default")
+    low = low_rank(slot.op)
+    if low is None or not isinstance(slot.join, Add):
+        raise ValueError(f"{saved.path}: {site} is no sum with a low-rank matrix")
+    return LowRank(slot.join.scale * low.u.detach(), low.v.detach())
+
+
+def _shape(saved: AdapterFolder, site: str) -> tuple[int, int]:
+    names = {
+        "peft": (f"{PREFIX}{site}.lora_B.weight", f"{PREFIX}{site}.lora_A.weight"),
+        "subspan": (f"{site}.adapters.default.op.u", f"{site}.adapters.default.op.v"),
+    }
+    u, v = (saved.tensors[name] for name in names[saved.form])
+    return u.shape[0], v.shape[1]
+
+
+def _on(saved: AdapterFolder, site: str, weight: Tensor) -> Adapted:
+    dtype = saved.dtype or wide(weight[:0]).dtype
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    made = saved.make("default")(site, layer)
+    if not isinstance(made, Adapted):
+        raise TypeError(f"{saved.path}: {site} became {type(made).__name__}, which is no adapted layer")
+    return made
+
+
+def base_of(saved: AdapterFolder, given: str | None = None) -> str:
+    """The model an adapter is for: as given, else the one it names; raises ValueError when that is not here."""
+    name = given or saved.base
+    if name == "smollm2" or (name and Path(name).is_dir()):
+        return name
+    raise ValueError(
+        f"{saved.path} names {saved.base!r} as its base, which is no local folder; give the base with --base MODEL"
+    )
+
+
+class Weights:
+    """The weights of a model by site: out of its safetensors one at a time, or of the opened model."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.files = shards(Path(name)) if Path(name).is_dir() and not is_adapter(name) else {}
+        self._model: nn.Module | None = None
+
+    def __call__(self, site: str) -> Tensor:
+        """The weight (m, n) of a site; raises ValueError for a site the model lacks."""
+        key = f"{site}.weight"
+        if key in self.files:
+            return read_one(self.files[key], key)
+        if self._model is None:
+            self._model = folders.open_model(self.name, dtype=folders.stored_dtype(self.name)).model
+        module = layers_of(self._model).get(site)
+        found = None if module is None else getattr(module, "weight", None)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{self.name} has no layer {site}; the adapter belongs to another model")
+        return found.detach()
+
+
+def read_one(file: Path, key: str) -> Tensor:
+    """One tensor of a safetensors file; raises ValueError when it is damaged."""
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            found: Tensor = opened.get_tensor(key)
+            return found
+    except SafetensorError as problem:
+        raise ValueError(f"{file} is damaged or cut short ({problem}); copy or save it again") from None
+
+
+def shards(folder: Path) -> dict[str, Path]:
+    """Tensor -> the safetensors file of a model's folder that holds it.
+
+    Raises FileNotFoundError for a missing file, and ValueError for damage and for a shard outside the folder.
+    """
+    index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return dict.fromkeys(_keys(folder / SINGLE), folder / SINGLE)
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}; save it with save_pretrained")
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(key): str(name) for key, name in named.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is damaged: it has no weight_map; copy it again") from None
+    for name in sorted(set(files.values())):
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{index} names the shard {name!r}, which leaves the folder; shards lie beside it")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: {INDEX} names this shard, but it is missing; copy it again")
+    have = {key: name for name in set(files.values()) for key in _keys(folder / name)}
+    if have != files:
+        wrong = sorted(key for key in have.keys() | files.keys() if have.get(key) != files.get(key))
+        raise ValueError(f"{index} and the shards disagree about {some(wrong)}; copy the folder again")
+    return {key: folder / name for key, name in files.items()}
+
+
+def _keys(file: Path) -> list[str]:
+    quantizer.require_whole(file)
+    with safe_open(str(file), framework="pt") as opened:
+        return list(opened.keys())
