@@ -212,9 +212,9 @@ def page(watch: Watch, history: History, settings: Settings, used: dict[str, flo
         "A claim that holds at the start, on random weights, is about shapes and initialization, not learning: "
         "square random matrices have steeper spectra than wide ones. The learning rate falls to a tenth by a "
         "cosine, so late gradients agree in part because weights hardly move any more.\n\n"
-        "The paper can be read two ways, and both readings are below: its title says that steady subspaces of "
-        "gradients make low-rank weights, its figures that q and k of the first block keep getting different gradients and "
-        "become low-rank, while up and down of a late block saturate and do not.",
+        "The paper can be read two ways, and both readings are below: its title says that steady gradient "
+        "subspaces make low-rank weights, its figures that q and k of the first block keep getting different "
+        "gradients and become low-rank, while up and down of a late block saturate and do not.",
     )
     rows = [[claim, "yes" if holds else "NO", f"{number:+.3f}"] for claim, (holds, number) in claims.items()]
     report.table("Claims, as they came.", ["claim", "shows here", "difference or correlation"], rows)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from subspan import linalg, site
-from subspan.metric import Batches, Forward, Loss, Metric, Need, collect, evaluating
+from subspan.metric import Batches, Forward, Loss, Metric, Need, collect
+from subspan.watch import evaluating
 
 Sites = Mapping[str, nn.Module]
 Hook = Callable[..., Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan import linalg, site
+from subspan.watch import Watch, evaluating
 
 Batches = Iterable[Any]
 Forward = Callable[[nn.Module, Any], object]
@@ -258,8 +259,9 @@ def collect(
     site.require_inputs(sites, measure)
     tally = _Tally(measure)
     hooks = [m.register_forward_pre_hook(tally.hook(name), with_kwargs=True) for name, m in sites.items()]
+    experts = dict(site.experts_of(sites))
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), Watch(experts, tally.see) if experts else nullcontext():
             for batch in batches:
                 tally.seen.clear()
                 forward(model, batch)
@@ -271,18 +273,6 @@ def collect(
     if counts is not None:
         counts.update({name: tally.count[tally.leader[name]] for name in sites})
     return means
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode for a while, then each in its own again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _collect_gradients(
@@ -369,6 +359,12 @@ class _Tally:
                 self.add(name, linalg.wide(kind.rows(module, x.detach())))
 
         return see
+
+    def see(self, name: str, x: Tensor) -> None:
+        """What reaches an expert, which shares it with none."""
+        self.leader[name] = name
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.add(name, linalg.wide(x.detach()))
 
     def refusal(self, name: str) -> ValueError:
         return ValueError(

@@ -229,10 +229,17 @@ def site_plan(
         "lowrank": f"{rank * (m + n) / (m * n):.0%} of the numbers",
         "dense": f"past break-even {break_even(m, n)}",
     }
-    return SitePlan(
+    row = SitePlan(
         shape, rank, form, bits, m * n * bits // 8, _cost(shape, rank, form, bias) * bits // 8,
-        0.0 if form == "keep" else error(rank), reason or why[form] + _ridged(ridge, tokens, n), bias, ridge,
+        0.0 if form == "keep" else error(rank), reason or why[form], bias,
     )  # fmt: skip
+    return row if form == "keep" else ridged(row, ridge, tokens)
+
+
+def ridged(site: SitePlan, ridge: float, tokens: int) -> SitePlan:
+    """The row with the ridge that the statistic of `tokens` inputs needed, or with none for 0, and its reason."""
+    note = f"; ridge {ridge:g} for {tokens:,} tokens in {site.shape[1]:,} inputs" if ridge else ""
+    return replace(site, ridge=ridge, reason=site.reason.partition("; ridge ")[0] + note)
 
 
 def priced(site: SitePlan) -> SitePlan:
@@ -246,11 +253,6 @@ def _cost(shape: tuple[int, int], rank: int, form: Form, bias: int) -> int:
     """How many numbers a site then stores, a bias that it gains included."""
     m, n = shape
     return m * n if form == "keep" else bias + (rank * (m + n) if form == "lowrank" else m * n)
-
-
-def _ridged(ridge: float, tokens: int, n: int) -> str:
-    """The ridge, and the tokens and inputs it was needed for."""
-    return f"; ridge {ridge:g} for {tokens:,} tokens in {n:,} inputs" if ridge else ""
 
 
 def _asked(kind: str, value: object) -> str:

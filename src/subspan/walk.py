@@ -13,10 +13,11 @@ from subspan import site
 from subspan.compress import Calibration, Compression, OneShot, Track, compressed, gained, study
 from subspan.edit import Edit, edit, matrices, shapes, sites
 from subspan.fit import Decomposition, decompose
-from subspan.metric import Batches, Forward, Measure, collect, evaluating
-from subspan.plan import Plan, SitePlan, priced
+from subspan.metric import Batches, Forward, Measure, collect
+from subspan.plan import Plan, SitePlan, priced, ridged
 from subspan.select import Select
 from subspan.threads import spread
+from subspan.watch import evaluating
 
 Slot = int | str
 Swaps = dict[str, tuple[nn.Module, nn.Module]]
@@ -98,15 +99,19 @@ def _replace(
     every = matrices(model)
     found = {name: every[name] for name in here}
     module = model.get_submodule(block)
-    means = collect(module, calls, measure, found, forward=lambda b, call: call.run(b))
+    counts: dict[str, int] = {}
+    means = collect(module, calls, measure, found, forward=lambda b, call: call.run(b), counts=counts)
+    ridges: dict[str, float] = {}
 
     def take(name: str) -> Decomposition:
-        return decompose(site.matrix(found[name]).detach(), measure.metric(means[name]))
+        metric = measure.metric(means[name])
+        ridges[name] = metric.ridge
+        return decompose(site.matrix(found[name]).detach(), metric)
 
     parts = dict(zip(found, spread(take, found), strict=True))
     swaps = edit(model, list(here), lambda n, layer: compressed(layer, here[n], parts[n], where=n)).swaps
     made = {n: replace(s, error=parts[n].error(s.rank), bias=gained(found[n], parts[n])) for n, s in here.items()}
-    return {name: priced(row) for name, row in made.items()}, swaps
+    return {name: ridged(priced(row), ridges[name], counts[name]) for name, row in made.items()}, swaps
 
 
 def _block(name: str) -> str | None:

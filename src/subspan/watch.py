@@ -1,16 +1,29 @@
-"""What reaches the experts of 3-D parameters: their inputs pass through products, not through modules."""
+"""Looking at a model at work: in eval mode, and at the experts of 3-D parameters, which no module call shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subspan import site
 
 See = Callable[[str, Tensor], None]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode for a while, then each in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from subspan.hosts import folders
@@ -39,7 +40,10 @@ def test_a_peft_export_has_two_folders(good, small, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapter", "base"]
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "out" / "base")
-    assert len(config["target_modules"]) == 14
+    tensors = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 14
+    named = {key.rpartition(".lora_")[0].rpartition(".")[2] for key in tensors}
+    assert set(config["target_modules"]) == named
 
 
 def test_the_precision_is_that_of_the_folder_unless_told(good, tiny, tmp_path):

@@ -238,3 +238,13 @@ def test_the_demo_prints_where_its_page_lies(cli, tmp_path, monkeypatch):
     assert cli(*args).out == f"act one\nreport: {tmp_path / 'demo' / 'report.html'}\n"
     done = cli(*args, "--json")
     assert (done.json, done.err) == ({"report": str(tmp_path / "demo" / "report.html")}, "act one\n")
+
+
+def test_a_report_of_a_compression_names_every_layer_and_needs_the_whole_model(good, cli, tiny, page, tmp_path):
+    words = ("compress", tiny, "--method", "svd_llm", "--err", 0.3, "--calibrate", page, "--window", 64)
+    plan = good(*words, "-o", tmp_path / "out", "--report", tmp_path / "page.html")["plan"]
+    shown = (tmp_path / "page.html").read_text()
+    assert all(site in shown for site in plan["sites"])
+    assert "Predicted against measured error" in shown
+    refused = cli(*words, "-o", tmp_path / "other", "--report", tmp_path / "page.html", "--stream")
+    assert refused.code == 2 and "--report needs the whole model in memory" in " ".join(refused.err.split())

@@ -83,16 +83,12 @@ def test_columns_and_steps_of_another_tensor_are_read_right():
     assert_close(adapted(x.T[::2]), defined(adapted, x.T[::2]), rtol=0, atol=1e-12)
 
 
-class _Factors(LowRank):
-    """A low-rank op of tensors that are not parameters."""
-
-    def __init__(self, u, v):
-        super().__init__(u.detach(), v.detach())
-        self._pair = u, v
-
-    @property
-    def factors(self):
-        return self._pair
+def holding(u, v):
+    """A low-rank op of these very tensors, which need not be parameters."""
+    op = LowRank(u.detach(), v.detach())
+    del op.u, op.v
+    op.u, op.v = u, v
+    return op
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -101,7 +97,7 @@ def test_first_and_second_derivatives_by_finite_differences(stretch, bias):
     base = layer(4, 3, bias=bias)
 
     def shortcut(x, u, v, gain):
-        z = added(base, _Factors(u, v), 0.7, x)
+        z = added(base, holding(u, v), 0.7, x)
         return stretched(z, gain, base.bias) if stretch else z
 
     def definition(x, u, v, gain):
@@ -173,7 +169,7 @@ def test_vmap_over_adapters_and_forward_mode(name):
     params = {k: p.detach() for k, p in adapted.named_parameters() if p.requires_grad}
     many = {k: torch.stack([p, 2 * p]) for k, p in params.items()}
     base, key = adapted.base, "adapters.a.op."
-    both = torch.vmap(lambda u, v: added(base, _Factors(u, v), 0.7, x))(many[key + "u"], many[key + "v"])
+    both = torch.vmap(lambda u, v: added(base, holding(u, v), 0.7, x))(many[key + "u"], many[key + "v"])
     for i in range(2):
         assert_close(both[i], added(base, LowRank(many[key + "u"][i], many[key + "v"][i]), 0.7, x))
 
@@ -181,7 +177,7 @@ def test_vmap_over_adapters_and_forward_mode(name):
         return torch.func.functional_call(adapted, {key + "u": u}, (x,)).square().sum()
 
     def fixed(u):
-        return added(base, _Factors(u, params[key + "v"]), 0.7, x)
+        return added(base, holding(u, params[key + "v"]), 0.7, x)
 
     _, tangent = torch.func.jvp(fixed, (params[key + "u"],), (params[key + "u"],))
     assert_close(tangent, added(base, adapted.slot("a").op, 0.7, x) - base(x))

@@ -29,6 +29,7 @@ from subspan.ops import (
     Sum,
     Transposed,
     Zero,
+    factors,
 )
 
 
@@ -217,3 +218,12 @@ def test_oplinear_is_linear_with_the_dense_weight(op, with_bias):
 def test_ops_that_do_not_fit_together_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_only_a_plain_low_rank_op_is_its_factors():
+    class Other(LowRank):
+        pass
+
+    op = LowRank(rand(3, 2), rand(2, 4))
+    assert factors(op) == (op.u, op.v)
+    assert [factors(other) for other in (Other(op.u, op.v), Scaled(op, 2.0), Dense(rand(3, 4)))] == [None] * 3

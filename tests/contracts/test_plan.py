@@ -13,7 +13,7 @@ from torch import nn
 from subspan.budget import Err, Ratio, Uniform
 from subspan.compress import study
 from subspan.edit import shapes, sites
-from subspan.plan import FORMAT, Plan, SitePlan, break_even, numbers, site_plan
+from subspan.plan import FORMAT, Plan, SitePlan, break_even, numbers, ridged, site_plan
 
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -239,3 +239,11 @@ def test_the_table_has_a_row_for_every_site_up_to_the_limit(limit, rows):
     assert text.count("12.50%") == text.count("8x6") == text.count("2/6") == text.count("because") == rows
     assert (table.caption is not None) == (rows < 5)
     assert "rank reduction 66.7%" in table.title and "numbers kept 58.3%" in table.title
+
+
+def test_a_row_says_its_ridge_once_and_forgets_it():
+    row = site_plan((6, 8), 2, lambda rank: 0.5, bits=32)
+    once = ridged(row, 1e-3, 5)
+    assert once.ridge == 1e-3 and once.reason == f"{row.reason}; ridge 0.001 for 5 tokens in 8 inputs"
+    assert ridged(once, 1e-4, 7).reason == f"{row.reason}; ridge 0.0001 for 7 tokens in 8 inputs"
+    assert ridged(once, 0.0, 9) == row

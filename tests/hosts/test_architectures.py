@@ -31,6 +31,8 @@ from subspan.edit import edit
 from subspan.hosts import export, quantizer
 from subspan.hosts.folders import open_model, save_model
 from subspan.hosts.jobs import do_method
+from subspan.hosts.peft_config import CONFIG
+from subspan.hosts.peft_keys import TENSORS
 from subspan.hosts.transformers import LoadedModel
 from subspan.ops import Dense, LowRank, OpConv, OpEmbedding, OpLinear
 
@@ -220,11 +222,13 @@ def test_an_adapter_holds_what_one_order_of_axes_can(loaded, tmp_path):
     name, given = loaded
     done = export.export_peft(given, tmp_path / "out")
     assert done.difference <= done.tolerance
-    config = json.loads((tmp_path / "out" / export.ADAPTER / export.CONFIG).read_text())
+    folder = tmp_path / "out" / export.ADAPTER
+    config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
     assert config["fan_in_fan_out"] is (name == "gpt2")
     single = quantizer.single(given.model)
     linear = {key for key, m in single.items() if isinstance(m, OpLinear) and isinstance(m.op, LowRank)}
-    assert set(config["target_modules"]) == linear and len(linear) >= 1
+    named = {key.rpartition(".lora_")[0].removeprefix("base_model.model.") for key in tensors}
+    assert named == linear and len(linear) >= 1
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / export.BASE).eval()
     assert [type(m) for m in base.modules()] == [type(m) for m in born(name).modules()]
     assert all(not base.get_submodule(key).weight.any() for key in linear)

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from subspan.adapt.fast import Norms, bare, eager, norms_lowrank, sum_lowrank
 from subspan.linalg import wide
-from subspan.ops import LinOp
+from subspan.ops import LinOp, factors
 from subspan.ops.base import hold
 
 
@@ -149,9 +149,10 @@ class Rescale(nn.Module):
 
     def norms(self, w: Tensor, op: LinOp) -> Tensor:
         """`row_norms` of the sum, or what is remembered of it."""
-        if op.factors is None:
+        pair = factors(op)
+        if pair is None:
             return row_norms(w, op, self.scale)
-        return self._norms(w, *op.factors, self.scale, keep=not self.training)
+        return self._norms(w, *pair, self.scale, keep=not self.training)
 
     def remainder(self, w: Tensor, op: LinOp) -> Tensor:
         """w - scale * op, (m, n)."""
@@ -166,8 +167,9 @@ def row_norms(w: Tensor, op: LinOp, scale: float) -> Tensor:
     >>> row_norms(torch.tensor([[3.0, 0.0]]), Dense(torch.tensor([[0.0, 2.0]])), 2.0)
     tensor([5.])
     """
-    if op.factors is not None:
-        return norms_lowrank(w, *op.factors, scale)
+    pair = factors(op)
+    if pair is not None:
+        return norms_lowrank(w, *pair, scale)
     norms: Tensor = torch.linalg.vector_norm(Add(scale).weight(w, op), dim=-1)
     return norms
 
@@ -178,15 +180,15 @@ def added(base: Layer, op: LinOp, scale: float, x: Tensor) -> Tensor:
     The base's output is written over only where nobody else can see it: that of an ordinary `nn.Linear` without
     hooks.
     """
-    factors = op.factors if bare(op) else None
-    if factors is None or not (torch.is_autocast_enabled(x.device.type) or x.dtype == factors[1].dtype):
+    pair = factors(op) if bare(op) else None
+    if pair is None or not (torch.is_autocast_enabled(x.device.type) or x.dtype == pair[1].dtype):
         y = base(x)
         return torch.add(y, apply(op, x).to(y.dtype), alpha=scale)
-    fresh = type(base) is nn.Linear and bare(base) and eager(x, base.weight, *factors)
+    fresh = type(base) is nn.Linear and bare(base) and eager(x, base.weight, *pair)
     rows = x.reshape(-1, x.shape[-1])
     # Others may tell batch from length.
     y = base(rows) if fresh else base(x).reshape(rows.shape[0], op.shape[0])
-    y = sum_lowrank(y, rows, *factors, scale, fresh=fresh)
+    y = sum_lowrank(y, rows, *pair, scale, fresh=fresh)
     return y.view(*x.shape[:-1], op.shape[0])
 
 

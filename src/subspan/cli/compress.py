@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 from subspan.cli.common import (
     LIMIT,
@@ -31,11 +33,11 @@ from subspan.cli.common import (
     Window,
     bar,
     mebibytes,
-    note,
     note_unused,
     one_of,
 )
 from subspan.compress import OneShot, Walk
+from subspan.edit import Edit
 from subspan.hosts import folders, jobs
 from subspan.hosts import stream as streaming
 from subspan.inspect import compression_report, measured_errors, write_page
@@ -82,10 +84,7 @@ def run(
     OUT is a model folder like any other: give it to `subspan eval`, `finetune` or `inspect`.
     """
     sizes = {"ratio": ratio, "err": err, "energy": energy, "bytes": bytes}
-    if one_of(plan=plan, method=method) == "plan":
-        refuse_with_plan(**sizes, metric=metric, select=select)
-    else:
-        one_of(**sizes)
+    require_one_way(sizes, plan=plan, method=method, metric=metric, select=select)
     if stream and report is not None:
         raise typer.BadParameter("--report needs the whole model in memory; leave it out, or leave out --stream")
     # A stream looks for itself: what is there may be its own work, finished or not.
@@ -99,11 +98,10 @@ def run(
     track = bar("decomposing")
     if stream:
         lean = streaming.opened(model, dtype=None if dtype is None else getattr(torch, dtype))
-        place = jobs.place(device)
-        batches = jobs.calibration(lean, made, calibrate, limit=tokens, window=window, device=place)
+        batches = jobs.calibration(lean, made, calibrate, limit=tokens, window=window, device=jobs.place(device))
         given = streaming.compress(
             lean, out, method=name, args=args, plan=given, select=select, batches=batches, sequential=blockwise,
-            device=place, track=track, force=force,
+            device=jobs.place(device), track=track, force=force,
         )  # fmt: skip
         return written(out, given)
     loaded = jobs.opened(model, dtype=dtype or DType.float32, device=device, seed=seed, merged=True)
@@ -115,13 +113,8 @@ def run(
         given, done = jobs.do_method(
             loaded.model, name, args, select=select, batches=batches, track=track, walk=walk
         )
-    for remark in given.remarks():
-        note(remark)
     if report is not None:
-        seen = {}
-        if batches is not None:
-            seen = measured_errors(loaded.model, done.swaps, list(batches), forward=jobs.forward)
-        note(f"wrote {write_page(compression_report(given, seen, model=str(model), seed=seed), report)}")
+        write_page(compression_report(given, on_calibration(done, batches), model=str(model), seed=seed), report)
     folders.save_model(out, loaded, {"method": given.method, "plan": given.to_dict()}, force=force)
     return written(out, given)
 
@@ -134,11 +127,26 @@ def written(out: Path, plan: Plan) -> Result:
     size = sum(file.stat().st_size for file in files)
     what = files[0].name if len(files) == 1 else f"{len(files)} safetensors files"
     done = f"wrote {out}: {what} {'has' if len(files) == 1 else 'have'} {mebibytes(size)}"
-    return Result({"out": str(out), "file_bytes": size, "plan": plan.to_dict()}, (plan.table(LIMIT), done))
+    return Result(
+        {"out": str(out), "file_bytes": size, "plan": plan.to_dict()}, (plan.table(LIMIT), *plan.remarks(), done)
+    )
 
 
-def refuse_with_plan(**given: object) -> None:
-    """A plan already says all this."""
+def on_calibration(done: Edit, batches: Tensor | None) -> dict[str, float]:
+    """The errors of the new layers on the calibration text, if there is any, by site."""
+    if batches is None:
+        return {}
+    return measured_errors(done.model, done.swaps, list(batches), forward=jobs.forward)
+
+
+def require_one_way(
+    sizes: Mapping[str, object], *, plan: object, method: object, metric: object, select: object
+) -> None:
+    """Raise typer.BadParameter unless there is a plan, which settles the rest, or a method and a size."""
+    if one_of(plan=plan, method=method) == "method":
+        one_of(**sizes)
+        return
+    given = {**sizes, "metric": metric, "select": select}
     names = [f"--{name}" for name, value in given.items() if value is not None]
     if names:
         raise typer.BadParameter(f"--plan already settles {', '.join(names)}; leave out one or the other")

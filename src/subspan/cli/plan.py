@@ -109,11 +109,9 @@ def run(
     loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed, merged=True)
     batches = jobs.calibration(loaded, made, calibrate, limit=tokens, window=window)
     plan, _ = jobs.make_plan(loaded.model, method, args, select=select, batches=batches, track=bar("decomposing"))
-    for remark in plan.remarks():
-        note(remark)
     if out is not None:
         note(f"wrote {jobs.write_plan(plan, out)}")
-    return Result(plan.to_dict(), (plan.table(LIMIT),))
+    return Result(plan.to_dict(), (plan.table(LIMIT), *plan.remarks()))
 
 
 def training(

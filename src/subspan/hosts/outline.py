@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from subspan import linalg, site
+from subspan import io, linalg, site
 from subspan.budget import Evidence, Informed
 from subspan.compress import Calibration, Compression, Study, Witness, compressed, gained
 from subspan.edit import matrices, shapes
 from subspan.fit import Decomposition, decompose
-from subspan.hosts.shardfile import stored_names
+from subspan.hosts import transformers as host
+from subspan.hosts.shardfile import stored_names, weightless
+from subspan.hosts.transformers import LoadedModel
 from subspan.importance import Importance, block_of
-from subspan.metric import Measure
+from subspan.metric import Measure, Metric
 from subspan.ops import OpLayer
-from subspan.plan import SitePlan, priced
+from subspan.plan import SitePlan, priced, ridged
 
 MANY = 1 << 26
 """Numbers of the weights that are decomposed at once, on as many threads as there are."""
@@ -149,12 +152,12 @@ def with_spectra(
 
 
 def take_apart(
-    name: str, layer: nn.Module, row: SitePlan, measure: Measure, mean: Tensor | None
+    name: str, layer: nn.Module, row: SitePlan, metric: Metric, tokens: int
 ) -> tuple[OpLayer, SitePlan]:
     """What takes a layer's place, and its row with the error that this makes."""
-    part = decompose(checked(name, layer), measure.metric(mean))
+    part = decompose(checked(name, layer), metric)
     made = replace(row, error=part.error(row.rank), bias=gained(layer, part))
-    return compressed(layer, row, part, where=name), priced(made)
+    return compressed(layer, row, part, where=name), ridged(priced(made), metric.ridge, tokens)
 
 
 def checked(name: str, layer: nn.Module) -> Tensor:
@@ -171,6 +174,21 @@ def refuse_gradients(measure: Measure) -> None:
             f"{measure!r} reads gradients, which need the whole model in memory; leave out --stream, or choose "
             "another metric, such as --metric gram"
         )
+
+
+def opened(name: str | Path, *, dtype: torch.dtype | None = None) -> LoadedModel:
+    """The model of a transformers folder without its weights, and the tokenizer; by default in its own precision.
+
+    Raises what `hosts.transformers.skeleton` and `tokenizer` raise, and ValueError for anything but such a folder.
+    """
+    folder = Path(name)
+    if name == "smollm2":
+        raise ValueError("smollm2 lies in a package and in no folder of safetensors; leave out --stream")
+    if (folder / io.ABOUT).is_file() and io.read_about(folder).get("kind") == "adapter":
+        raise ValueError(f"{folder} holds an adapter and not a model; leave out --stream")
+    with weightless():
+        model = host.skeleton(folder, dtype=dtype or host.stored_dtype(folder))
+    return LoadedModel(model, host.tokenizer(folder), str(folder))
 
 
 def no_loss(model: nn.Module, batch: object) -> Tensor:

@@ -255,7 +255,8 @@ def _skeleton(name: str, old: nn.Module, row: Mapping[str, Any], device: str) ->
             layer = site.of(old).rebuild(old, op, torch.empty(op.shape[0]) if row["bias"] else None)
     except (TypeError, AttributeError, RuntimeError, KeyError) as problem:
         raise _damaged(f"{name} describes no op ({problem})") from None
-    if op.shape != shape or (bias is not None and layer.bias is None):
+    unfit = bool(row["bias"]) < (bias is not None) or bool(row["bias"]) > site.of(old).biased
+    if op.shape != shape or unfit:
         raise ValueError(
             f"{name}: config.json says an op of {op.shape}{' with a bias' if row['bias'] else ''}, the model has "
             f"{shape}{'' if bias is None else ' with a bias'}; "

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from subspan.hosts.shardfile import Source
-from subspan.metric import Batches, Forward, evaluating
+from subspan.metric import Batches, Forward
 from subspan.walk import Call, Recorded, Tape, chain
+from subspan.watch import evaluating
 
 
 @dataclass(slots=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from subspan.hosts.outline import (
     wants,
     with_spectra,
 )
+from subspan.hosts.outline import opened as opened
 from subspan.hosts.relay import Relay, record, stack_of
 from subspan.hosts.shardfile import (
     Shards,
@@ -44,7 +45,6 @@ from subspan.hosts.shardfile import (
     publish_json,
     publish_tensors,
     read_published,
-    weightless,
 )
 from subspan.hosts.transformers import LoadedModel
 from subspan.importance import Importance, block_of
@@ -53,21 +53,6 @@ from subspan.ops import OpLayer
 from subspan.plan import Plan, SitePlan
 from subspan.select import Select
 from subspan.threads import spread
-
-
-def opened(name: str | Path, *, dtype: torch.dtype | None = None) -> LoadedModel:
-    """The model of a transformers folder without its weights, and the tokenizer; by default in its own precision.
-
-    Raises what `hosts.transformers.skeleton` and `tokenizer` raise, and ValueError for anything but such a folder.
-    """
-    folder = Path(name)
-    if name == "smollm2":
-        raise ValueError("smollm2 lies in a package and in no folder of safetensors; leave out --stream")
-    if (folder / io.ABOUT).is_file() and io.read_about(folder).get("kind") == "adapter":
-        raise ValueError(f"{folder} holds an adapter and not a model; leave out --stream")
-    with weightless():
-        model = host.skeleton(folder, dtype=dtype or host.stored_dtype(folder))
-    return LoadedModel(model, host.tokenizer(folder), str(folder))
 
 
 def compress(
@@ -130,6 +115,7 @@ class Stream:
     method: Compression
     batches: Tensor | None
     track: Track[str]
+    counts: dict[str, int] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -274,7 +260,7 @@ class Stream:
         if not found or self.method.measure.needs == "nothing":
             return {}
         module = self.model.get_submodule(block)
-        return collect(module, calls, self.method.measure, found, forward=relay.run)
+        return collect(module, calls, self.method.measure, found, forward=relay.run, counts=self.counts)
 
     def walk(
         self,
@@ -341,7 +327,8 @@ class Stream:
             held = [t for place in places for t in self.source.names(place)]
 
             def take(name: str, found: Mapping[str, nn.Module] = found) -> tuple[OpLayer, SitePlan]:
-                return take_apart(name, found[name], plan.sites[name], self.method.measure, means.pop(name, None))
+                metric = self.method.measure.metric(means.pop(name, None))
+                return take_apart(name, found[name], plan.sites[name], metric, self.counts.get(name, 0))
 
             with torch.no_grad(), self.source.filled(held):
                 made = dict(zip(names, spread(take, names), strict=True))

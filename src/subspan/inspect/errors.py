@@ -14,8 +14,9 @@ from subspan import linalg, site
 from subspan.inspect.plots import error_figure, rank_heatmap
 from subspan.inspect.report import Report, environment, put
 from subspan.inspect.survey import parse_site
-from subspan.metric import Batches, Forward, call, evaluating
+from subspan.metric import Batches, Forward, call
 from subspan.plan import Plan
+from subspan.watch import evaluating
 
 Swaps = Mapping[str, tuple[nn.Module, nn.Module]]
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]

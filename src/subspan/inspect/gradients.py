@@ -21,8 +21,9 @@ from subspan.inspect.subspaces import (
     overlap_matrix,
     steadiness,
 )
-from subspan.metric import Loss, evaluating, reported_loss
+from subspan.metric import Loss, reported_loss
 from subspan.select import Select
+from subspan.watch import evaluating
 
 
 @contextmanager

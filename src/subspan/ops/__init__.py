@@ -8,6 +8,7 @@ from subspan.ops.base import Transposed as Transposed
 from subspan.ops.basic import Dense as Dense
 from subspan.ops.basic import Diag as Diag
 from subspan.ops.basic import LowRank as LowRank
+from subspan.ops.basic import factors as factors
 from subspan.ops.layer import OpConv as OpConv
 from subspan.ops.layer import OpEmbedding as OpEmbedding
 from subspan.ops.layer import OpLayer as OpLayer

@@ -45,11 +45,6 @@ class LinOp(nn.Module, abc.ABC):
         """The matrix itself, (m, n)."""
 
     @property
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(u, v) when forward is x -> (x v^T) u^T and nothing else, so that callers may compute that themselves."""
-        return None
-
-    @property
     def T(self) -> LinOp:
         """The transpose, sharing storage and gradients."""
         return self.op if isinstance(self, Transposed) else Transposed(self)

@@ -65,11 +65,6 @@ class LowRank(LinOp):
         """The inner size, which bounds the rank."""
         return self.u.shape[1]
 
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Itself: u (m, rank) and v (rank, n)."""
-        return self.u, self.v
-
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.v), self.u)
 
@@ -78,3 +73,12 @@ class LowRank(LinOp):
 
     def dense(self) -> Tensor:
         return self.u @ self.v
+
+
+def factors(op: LinOp) -> tuple[Tensor, Tensor] | None:
+    """(u, v) of an op that is x -> (x v^T) u^T and nothing else, so that callers may compute that; else None.
+
+    >>> factors(Dense(torch.ones(2, 2))) is None
+    True
+    """
+    return (op.u, op.v) if type(op) is LowRank else None

@@ -55,6 +55,7 @@ class OpLinear(OpLayer):
 class OpEmbedding(OpLayer):
     """Rows of an op (vocabulary, width) by their numbers: u[ids] v for low rank, a compressed embedding.
 
+    >>> import torch
     >>> OpEmbedding(LowRank(torch.ones(3, 1), torch.ones(1, 2)))(torch.tensor([2]))
     tensor([[1., 1.]])
     """
