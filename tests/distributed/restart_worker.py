@@ -16,6 +16,7 @@ from subspan.methods.optimizers import galore
 from subspan.optim import Optim, checkpoint
 
 STEPS, LOST, EVERY = 11, 7, 3
+DIED = "died"
 
 
 def build() -> tuple[nn.Sequential, Optim, torch.optim.lr_scheduler.LRScheduler]:
@@ -41,6 +42,7 @@ def run(folder: Path, name: str, *, die: bool) -> None:
         opt.zero_grad()
         shared(x).square().mean().backward()
         if die and rank == 1 and step == LOST:
+            (folder / DIED).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         opt.step()
         schedule.step()
@@ -61,8 +63,8 @@ def plain(schedule: torch.optim.lr_scheduler.LRScheduler) -> dict[str, object]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
-    if not again:
-        run(Path(sys.argv[1]), "straight", die=False)
-    run(Path(sys.argv[1]), "lost", die=not again)
+    folder = Path(sys.argv[1])
+    if not (folder / "straight.pt").exists():
+        run(folder, "straight", die=False)
+    run(folder, "lost", die=not (folder / DIED).exists())
     dist.destroy_process_group()
