@@ -143,3 +143,9 @@ def matmul_as(a: Tensor, x: Tensor) -> Tensor:
     """a @ x with x's memory layout, so that adding the result to a transposed weight runs along its rows."""
     a, x = spread(a, x), spread(x, a)
     return settled(torch.matmul(x.mT, a.mT).mT if by_columns(x) else a @ x, -1)
+
+
+def coordinates(q: Tensor, g: Tensor) -> Tensor:
+    """q^T g, laid out by columns: a product with a tall left factor is a quarter faster than with a flat one."""
+    q, g = spread(q, g), spread(g, q)
+    return settled((g.mT @ q).mT, -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from subspan import linalg
-from subspan.optim.direction import Low, matmul_as
+from subspan.optim.direction import Low, coordinates, matmul_as
 from subspan.optim.state import State, counter
 from subspan.optim.subspace import count, draw_normal, require_rank
 from subspan.shards import settled, spread, zeros_beside
@@ -56,7 +56,7 @@ class Power:
 
     def down(self, g: Tensor, s: State) -> Tensor:
         """p^T g."""
-        return matmul_as(s["p"].mT, g)
+        return coordinates(s["p"], g)
 
     def up(self, x: Tensor, s: State) -> Low:
         """p x."""

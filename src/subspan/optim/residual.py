@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
+from torch.linalg import vecdot, vector_norm
 
 from subspan.optim.direction import Both, Direction, Lift, Times
 from subspan.optim.state import State, by_columns
@@ -163,8 +163,9 @@ def columns_norm(g: Tensor) -> Tensor:
     if by_columns(g):
         norms: Tensor = vector_norm(g, dim=-2, keepdim=True)
         return norms
-    # Down the columns of a row-major matrix torch's norm takes four times as long as a sum of squares.
-    return g.square().sum(-2, keepdim=True).sqrt()
+    # Down the columns of a row-major matrix torch's norm takes four times as long as a product and a sum.
+    squares: Tensor = vecdot(g, g, dim=-2).unsqueeze(-2)
+    return squares.sqrt()
 
 
 def limited(norm: Tensor, s: State, limit: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from subspan.optim.direction import Low, matmul_as
+from subspan.optim.direction import Low, coordinates, matmul_as
 from subspan.optim.state import State, counter
 from subspan.optim.subspace import count, draw_normal, require_rank
 
@@ -46,7 +46,7 @@ class Sketch:
     def down(self, g: Tensor, s: State) -> Tensor:
         """q^T g."""
         m, n = g.shape[-2:]
-        return matmul_as(gaussian(s, m, count(self.rank, m, min(m, n)), like=g).mT, g)
+        return coordinates(gaussian(s, m, count(self.rank, m, min(m, n)), like=g), g)
 
     def up(self, x: Tensor, s: State) -> Low:
         """q x."""
@@ -83,7 +83,7 @@ class Gaussian:
 
     def down(self, g: Tensor, s: State) -> Tensor:
         """q^T g."""
-        return matmul_as(s["q"].mT, g)
+        return coordinates(s["q"], g)
 
     def up(self, x: Tensor, s: State) -> Low:
         """q x."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from subspan import linalg
-from subspan.optim.direction import Low, Picked, Sparing, matmul_as
+from subspan.optim.direction import Low, Picked, Sparing, coordinates, matmul_as
 from subspan.optim.state import State, by_columns, counter, mixed
 from subspan.shards import laid, picked, settled, whole, zeros_beside
 
@@ -91,7 +91,7 @@ class Span:
 
     def down(self, g: Tensor, s: State) -> Tensor:
         """q^T g."""
-        return matmul_as(s["q"].mT, g)
+        return coordinates(s["q"], g)
 
     def up(self, x: Tensor, s: State) -> Low:
         """q x."""
