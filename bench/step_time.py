@@ -27,7 +27,7 @@ from rich.table import Table
 import peers
 from subspan.inspect import environment
 from subspan.methods import build
-from subspan.optim import Optim, Span, Staggered
+from subspan.optim import Gaussian, Optim, Span, Staggered
 from subspan.optim.meter import Peak
 
 NEVER = peers.NEVER
@@ -93,6 +93,10 @@ def against_peers(n: int) -> dict[str, dict[str, float]]:
             ours("galore", every=1), begun(peers.galore(parameters(), gap=1)), few
         ),
         "APOLLO step / apollo-torch": pair(ours("apollo", every=NEVER), begun(peers.apollo(parameters())), n),
+        # The peer keeps its random matrix; the preset draws ours again from its seed, and this row keeps it too.
+        "APOLLO step, matrix kept / apollo-torch": pair(
+            ours("apollo", every=NEVER, subspace=Gaussian), begun(peers.apollo(parameters())), n
+        ),
         "APOLLO-Mini step / apollo-torch": pair(
             ours("apollo_mini", every=NEVER), begun(peers.apollo(parameters(), rank=1)), n
         ),

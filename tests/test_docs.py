@@ -3,18 +3,22 @@
 import doctest
 import importlib
 import importlib.util
+import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import subspan.methods
+from subspan.cli import main
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = ["README.md", "docs/methods.md"]
@@ -51,6 +55,14 @@ def commands(block):
     return [re.sub(r"^\s*\$\s+|^\s+", "", line) for line in lines]
 
 
+def run_here(line, where):
+    """Run a `subspan` command inside this process: to import torch for each one would take most of the time."""
+    out = io.StringIO()
+    with redirect_stdout(out), redirect_stderr(out), pytest.raises(SystemExit) as left:
+        main(shlex.split(line)[1:])
+    assert not left.value.code, f"{where}: {line}\n{out.getvalue()}"
+
+
 def run_command(line, folder, where):
     """Run a line as a user would, with this environment's `subspan` first in the path."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -62,7 +74,10 @@ def run_command(line, folder, where):
 
 
 def run_page(text, page, folder):
-    """Run a page's Python and its `subspan` commands in order, in one folder and one namespace."""
+    """Run a page's Python and its `subspan` commands in order, in one folder and one namespace.
+
+    The first command runs in a shell, so that the installed program is tried too.
+    """
     names, ran = {"__name__": page}, []
     for block in blocks(text):
         if block.language == "python":
@@ -70,7 +85,8 @@ def run_page(text, page, folder):
             ran.append("python")
         for line in commands(block):
             if line.startswith("subspan "):
-                run_command(line, folder, f"{page}:{block.line}")
+                where = f"{page}:{block.line}"
+                run_here(line, where) if any(old != "python" for old in ran) else run_command(line, folder, where)
                 ran.append(line)
     return ran
 

@@ -99,4 +99,4 @@ def gaussian(s: State, m: int, rank: int, *, like: Tensor) -> Tensor:
     """The matrix (m, rank) of the frame's present draw, N(0, 1 / rank), in the precision and place of `like`."""
     if like.is_meta:  # where only its shape matters, and a seed has no value
         return like.new_empty(m, rank)
-    return draw_normal(s, m, rank).mul_(rank**-0.5).to(like)
+    return draw_normal(s, m, rank, deviation=rank**-0.5).to(like)

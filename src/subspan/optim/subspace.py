@@ -181,6 +181,6 @@ def generator(s: State) -> torch.Generator:
     return torch.Generator().manual_seed(mixed(int(s["seed"]), int(s["draw"])))
 
 
-def draw_normal(s: State, *shape: int) -> Tensor:
-    """Standard normal float32 numbers for the frame's present draw."""
-    return torch.randn(*shape, generator=generator(s))
+def draw_normal(s: State, *shape: int, deviation: float = 1.0) -> Tensor:
+    """Normal float32 numbers of mean 0 for the frame's present draw."""
+    return torch.empty(*shape, dtype=torch.float32).normal_(std=deviation, generator=generator(s))
