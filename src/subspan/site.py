@@ -87,6 +87,10 @@ class Kind(ABC):
         """The matrix (m, n) in a tensor of the parameter's shape: its value, or its gradient."""
         return tensor
 
+    def kept(self, module: nn.Module, w: Tensor) -> Tensor:
+        """A matrix (m, n) in the parameter's shape: what `view` undoes."""
+        return w.reshape(self.parameter(module).shape)
+
     def rows(self, module: nn.Module, x: Tensor) -> Tensor:
         """The inputs (tokens, n) that a layer is given by x."""
         return x.reshape(-1, x.shape[-1])
@@ -135,6 +139,10 @@ class Conv1DKind(Kind):
     def view(self, module: nn.Module, tensor: Tensor) -> Tensor:
         """The transpose."""
         return tensor.mT
+
+    def kept(self, module: nn.Module, w: Tensor) -> Tensor:
+        """The transpose again."""
+        return w.mT
 
     def rebuild(self, module: nn.Module, op: LinOp, bias: Tensor | None) -> OpLayer:
         """A linear layer that knows which one it stands for."""
@@ -222,6 +230,10 @@ class ExpertKind(Kind):
         """The slice."""
         part = tensor[_expert(module).index]
         return part.mT if transposed(_expert(module).owner) else part
+
+    def kept(self, module: nn.Module, w: Tensor) -> Tensor:
+        """As the slice lies."""
+        return w.mT if transposed(_expert(module).owner) else w
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

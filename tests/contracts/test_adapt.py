@@ -310,7 +310,7 @@ def test_adapt_names_the_site_in_its_errors():
     with pytest.raises(TypeError, match=r"layers\.0\.norm: cannot adapt LayerNorm"):
         make("layers.0.norm", nn.LayerNorm(4))
     with pytest.raises(TypeError, match="embed: cannot adapt Embedding"):
-        make("embed", nn.Embedding(4, 4))
+        make("embed", nn.Embedding(4, 4, max_norm=1.0))
     with pytest.raises(ValueError, match=r"layers\.1: adapter 'default' is already there"):
         make("layers.1", make("layers.1", base()))
     with pytest.raises(ValueError, match=r"layers\.1: rank 9"):

@@ -46,6 +46,7 @@ from subspan.optim import (
     UnitRows,
     chain,
     dense,
+    hasten,
     hidden_matrices,
     keep,
     reset,
@@ -476,6 +477,17 @@ def test_loading_into_other_roles_or_from_torch_is_refused():
         Optim(net().named_parameters(), Adam(), lr=1e-2, where="up.weight").load_state_dict(opt.state_dict())
     with pytest.raises(ValueError, match="was not saved by Optim"):
         opt.load_state_dict(torch.optim.AdamW(net().parameters()).state_dict())
+
+
+def test_loading_two_learning_rates_into_one_group_is_refused():
+    state = hasten(Optim(net().named_parameters(), Adam(), lr=0.1), 16, where="up.weight").state_dict()
+    plain = Optim(net().named_parameters(), Adam(), lr=0.1)
+    with pytest.raises(ValueError, match=r"saved with learning rate .* one group; split the groups"):
+        plain.load_state_dict(state)
+    twin = hasten(Optim(net().named_parameters(), Adam(), lr=0.5), 16, where="up.weight")
+    twin.load_state_dict(state)
+    rates = {name: g["lr"] for g in twin.param_groups for name in g["param_names"]}
+    assert rates["up.weight"] == 16 * rates["down.weight"] == 1.6
 
 
 def test_a_deep_copy_steps_alike():

@@ -11,6 +11,13 @@ import torch
 WORKERS = Path(__file__).with_name("workers.py")
 
 
+def pytest_collection_modifyitems(items):
+    """One worker for all that read the same runs."""
+    for item in items:
+        if "run" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """run(job, world): what process 0 of that job in workers.py found; four processes leave a checkpoint."""

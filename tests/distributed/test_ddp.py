@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from subspan.optim import Adam, Optim
+from subspan.optim import Adam, Optim, Paired, Preconditioned, Recipe
 from subspan.optim.reduce import reduce_projected
 
 # Numbers in the matrices, their biases and, at rank 2, their coordinates: (10, 6), (5, 10) and (3, 5).
@@ -63,3 +65,14 @@ def test_a_model_that_is_not_ddps_is_refused():
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"works on DistributedDataParallel.*not Linear; wrap"):
         reduce_projected(model, Optim(model.named_parameters(), Adam(), lr=0.1))
+
+
+def test_a_source_that_looks_at_whole_gradients_is_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(nn.Linear(2, 2))
+        opt = Optim(model.module.named_parameters(), Recipe(Adam(), Paired(Preconditioned())), lr=0.1)
+        with pytest.raises(ValueError, match="changes whole gradients"):
+            reduce_projected(model, opt)
+    finally:
+        dist.destroy_process_group()

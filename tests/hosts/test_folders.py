@@ -18,9 +18,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from subspan import io
-from subspan.adapt import Adapted, adapt, init, trainable
-from subspan.compress import study
+from subspan.adapt import Adapted, FromGradient, adapt, init, prepare, trainable
+from subspan.compress import Calibration, study
 from subspan.edit import edit
+from subspan.hosts import jobs
 from subspan.hosts.folders import added, open_model, put_adapter, save_adapter, save_model
 from subspan.hosts.transformers import LoadedModel
 from subspan.methods import build, find, methods
@@ -68,7 +69,11 @@ def cut(model: nn.Module) -> None:
 def adapted(model: nn.Module, preset: str, seed: int = 0) -> dict[str, Any]:
     takes = signature(find(preset).build).parameters
     args = {key: value for key, value in {"rank": 3, "alpha": 4.0, "block": 4}.items() if key in takes}
-    edit(model, linears(model), adapt(build(preset, "adapter", **args)))
+    made = build(preset, "adapter", **args)
+    found = {name: model.get_submodule(name) for name in linears(model)}
+    if isinstance(made.op, FromGradient):  # these refuse compressed layers
+        found = {name: module for name, module in found.items() if isinstance(module, nn.Linear)}
+    edit(model, list(found), adapt(prepare(made, model, found, Calibration([IDS], jobs.forward, jobs.loss))))
     shaken([p for _, p in trainable(model)], seed)
     return args
 

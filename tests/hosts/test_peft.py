@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from subspan.adapt import Adapted, adapt, trainable
-from subspan.edit import edit
-from subspan.hosts import folders
+from subspan.adapt import Adapted, adapt, prepare, trainable
+from subspan.compress import Calibration
+from subspan.edit import edit, sites
+from subspan.hosts import folders, jobs
 from subspan.hosts.export import TOLERANCE
 from subspan.hosts.peft import (
     factor_of,
@@ -221,10 +222,10 @@ def test_half_precision_factors_are_float32_in_memory(tmp_path):
 
 def test_targets_select_their_sites_and_no_others():
     names = ["a.0.q", "a.1.q", "b.a.1.q", "a.0.k"]
-    for sites in (["a.0.q", "a.1.q", "b.a.1.q"], ["a.0.q"], ["a.1.q"], ["a.0.q", "b.a.1.q"]):
-        chosen = targets(sites, names)
+    for wanted in (["a.0.q", "a.1.q", "b.a.1.q"], ["a.0.q"], ["a.1.q"], ["a.0.q", "b.a.1.q"]):
+        chosen = targets(wanted, names)
         config = PeftConfig(rank=1, alpha=1.0, targets=chosen if isinstance(chosen, str) else tuple(chosen))
-        assert config.targeted(names, ()) == set(sites)
+        assert config.targeted(names, ()) == set(wanted)
     assert targets(["a.1.q"], names) == r"a\.1\.q"
 
 
@@ -404,7 +405,9 @@ def test_every_adapter_of_ours_is_merged_and_cut(method, words, tmp_path):
     base = put_down(llama(), words, tmp_path / "base")
     model = llama()
     args = {"rank": 4} if "rank" in inspect.signature(methods()[method].build).parameters else {}
-    edit(model, SITES, adapt(build(method, "adapter", **args)))
+    data = Calibration([IDS], jobs.forward, jobs.loss)
+    made = prepare(build(method, "adapter", **args), model, sites(model, SITES), data)
+    edit(model, SITES, adapt(made))
     stir(p for _, p in trainable(model))
     folders.save_adapter(tmp_path / "a", model, method=method, args=args, source=base)
     saved = read_adapter(tmp_path / "a")

@@ -1,5 +1,12 @@
 """Adapters: an op, a join and a start, put on a frozen layer."""
 
+from subspan.adapt.data import FromData as FromData
+from subspan.adapt.data import MeanGradient as MeanGradient
+from subspan.adapt.data import Principal as Principal
+from subspan.adapt.data import gradients as gradients
+from subspan.adapt.data import prepare as prepare
+from subspan.adapt.data import principal as principal
+from subspan.adapt.data import remembered as remembered
 from subspan.adapt.init import FromWeight as FromWeight
 from subspan.adapt.init import ZeroLowRank as ZeroLowRank
 from subspan.adapt.join import Add as Add
@@ -19,6 +26,14 @@ from subspan.adapt.layer import adapt as adapt
 from subspan.adapt.layer import merge as merge
 from subspan.adapt.layer import trainable as trainable
 from subspan.adapt.multiply import Rotate as Rotate
+from subspan.adapt.ranks import AdaLora as AdaLora
+from subspan.adapt.ranks import RankSchedule as RankSchedule
+from subspan.adapt.ranks import planned as planned
+from subspan.adapt.seen import FromGradient as FromGradient
+from subspan.adapt.seen import GradientSpan as GradientSpan
+from subspan.adapt.seen import GradientStep as GradientStep
+from subspan.adapt.seen import SignStep as SignStep
+from subspan.adapt.seen import TopInputs as TopInputs
 from subspan.adapt.starts import ColumnsOf as ColumnsOf
 from subspan.adapt.starts import Nothing as Nothing
 from subspan.adapt.starts import RandomBases as RandomBases
@@ -28,3 +43,4 @@ from subspan.adapt.starts import TopCore as TopCore
 from subspan.adapt.starts import UpdateCore as UpdateCore
 from subspan.adapt.starts import ZeroHadamard as ZeroHadamard
 from subspan.adapt.starts import ZeroKron as ZeroKron
+from subspan.adapt.starts import ZeroTriples as ZeroTriples

@@ -10,16 +10,28 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from subspan import site as sites
 from subspan.adapt.join import Join, Layer
-from subspan.ops import LinOp, OpLinear
-
-Linear = nn.Linear | OpLinear
+from subspan.adapt.layers import (
+    Adaptable,
+    Flat,
+    Patches,
+    View,
+    matrix,
+    plain,
+    require,
+    seen,
+    shape,
+    use_of,
+)
+from subspan.adapt.layers import Linear as Linear
+from subspan.ops import LinOp
 
 
 class Base(Protocol):
     """What the start of an adapter does to the layer it stands on."""
 
-    def __call__(self, layer: Linear, op: LinOp, join: Join) -> Linear:
+    def __call__(self, layer: Adaptable, op: LinOp, join: Join) -> Adaptable:
         """The layer itself, or a new one; the given one is never changed."""
 
 
@@ -27,7 +39,7 @@ class Base(Protocol):
 class KeepBase:
     """The layer stays as it is."""
 
-    def __call__(self, layer: Linear, op: LinOp, join: Join) -> Linear:
+    def __call__(self, layer: Adaptable, op: LinOp, join: Join) -> Adaptable:
         """The layer itself."""
         return layer
 
@@ -36,9 +48,9 @@ class KeepBase:
 class SubtractInit:
     """The layer keeps what the op leaves, so that both together are the original weight."""
 
-    def __call__(self, layer: Linear, op: LinOp, join: Join) -> Linear:
-        """A new layer with the remainder as its weight, in the original's dtype."""
-        return linear(join.remainder(layer.weight.detach(), op), layer.bias, like=layer)
+    def __call__(self, layer: Adaptable, op: LinOp, join: Join) -> Adaptable:
+        """A new ordinary layer of its kind with the remainder as its matrix, in the original's dtype."""
+        return cast("Adaptable", plain(layer, join.remainder(matrix(layer).detach(), op)))
 
 
 @dataclass(frozen=True)
@@ -86,12 +98,16 @@ class Slot(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A frozen linear layer and its named adapters.
+    """A frozen layer, seen as a matrix (m, n), and its named adapters.
 
-    The given layer is not changed: `base` is its frozen double over the same storage.
+    The given layer is not changed: `base` is its frozen double over the same storage. Its matrix is the one that
+    `subspan.site` sees: that of a `Conv1D` is the transpose of its weight, that of a convolution (out, channels /
+    groups * kernel), that of an embedding its table. What the host may read of a layer (`stride`, `padding_idx`)
+    stands here too.
 
-    The active adapters are folded in order: each joins the weight that the earlier ones made. Forward equals
-    `F.linear(x, weight, bias)` for every sequence of joins.
+    The active adapters are folded in order: each joins the matrix that the earlier ones made. Forward equals that
+    of a layer with the folded one, such as `F.linear(x, weight, bias)`, for every sequence of joins. Raises
+    `NotAdaptable` for a layer of no such kind.
 
     >>> from subspan.adapt import Add
     >>> from subspan.ops import Dense
@@ -101,14 +117,18 @@ class Adapted(nn.Module):
     True
     """
 
-    def __init__(self, base: Linear) -> None:
+    def __init__(self, base: Adaptable) -> None:
         super().__init__()
+        require({"base": base})
         self.base = frozen(base)
         # In a tuple, so that it is not a submodule: what stood here before a start changed it, for its hash.
-        self._origin: tuple[Linear, ...] = ()
+        self._origin: tuple[Adaptable, ...] = ()
         self.adapters = nn.ModuleDict()
         self._active: tuple[str, ...] = ()
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self._use, self._direct = use_of(base), isinstance(base, Linear)
+        self.out_features, self.in_features = shape(base)
+        for name in facts(base).keys() - vars(self).keys() - set(dir(Adapted)):
+            setattr(self, name, vars(base)[name])
         self.train(base.training)
 
     def add(self, name: str, op: LinOp, join: Join, base: Base = KeepBase()) -> None:
@@ -128,7 +148,7 @@ class Adapted(nn.Module):
             raise ValueError(
                 f"adapter {name!r}: {base!r} changes the base under {', '.join(self.adapters)}; merge those first"
             )
-        below = self.folded(self.active) if layer is self.base else layer
+        below = self.folded(self.active) if layer is self.base else seen(layer)
         slot = Slot(op, join.at(below.weight.detach(), op)).train(self.training)
         if layer is not self.base:
             self._origin = (self.base,)
@@ -152,7 +172,7 @@ class Adapted(nn.Module):
         return cast("Slot", self.adapters[name])
 
     @property
-    def origin(self) -> Linear:
+    def origin(self) -> Adaptable:
         """The layer as it was before any adapter: the base, unless a start has changed that."""
         return self._origin[0] if self._origin else self.base
 
@@ -172,7 +192,10 @@ class Adapted(nn.Module):
 
     def folded(self, names: Iterable[str]) -> Layer:
         """The base with the named adapters joined in order."""
-        layer: Layer = self.base
+        if self._use is not None:
+            slots = [self.slot(name) for name in names]
+            return Flat(self.base, self._use, tuple((slot.op, slot.join) for slot in slots))
+        layer = cast("Layer", self.base) if self._direct else View(self.base)
         for name in names:
             slot = self.slot(name)
             layer = Folded(layer, slot.op, slot.join)
@@ -182,14 +205,19 @@ class Adapted(nn.Module):
         return self.folded(self._active)(x)
 
     @property
+    def matrix(self) -> Tensor:
+        """The folded matrix (m, n), computed in float32 at least and cast once to the base's dtype."""
+        return self.folded(self._active).weight.to(matrix(self.base).dtype)
+
+    @property
     def weight(self) -> Tensor:
-        """The folded weight (out, in), computed in float32 at least and cast once to the base's dtype."""
-        return self.folded(self._active).weight.to(self.base.weight.dtype)
+        """The folded matrix (m, n); that of a convolution as (out, channels / groups, *kernel)."""
+        return self._use.window.kernels(self.matrix) if isinstance(self._use, Patches) else self.matrix
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return self.base.bias
+        """The base's bias, if it has one."""
+        return sites.bias(self.base)
 
     def extra_repr(self) -> str:
         """The active adapters."""
@@ -199,9 +227,9 @@ class Adapted(nn.Module):
 def adapt(adapter: Adapter, name: str = "default") -> Callable[[str, nn.Module], nn.Module]:
     """The function that puts an adapter on a site: (site, module) -> module, what `edit` asks for.
 
-    A linear layer becomes the base of a new `Adapted`. An `Adapted` is not changed: the result is a new one that
-    shares its base and adapters, so that the old one can be put back. Raises TypeError for any other module, and
-    ValueError as `Adapted.add` does, both naming the site.
+    A layer becomes the base of a new `Adapted`. An `Adapted` is not changed: the result is a new one that shares
+    its base and adapters, so that the old one can be put back. Raises `NotAdaptable`, which is a TypeError and a
+    ValueError, for a module that `layers.refusal` refuses, and ValueError as `Adapted.add` does, naming the site.
     """
 
     def make(site: str, module: nn.Module) -> nn.Module:
@@ -225,23 +253,19 @@ def _restack(site: str, module: nn.Module) -> Adapted:
             adapted.adapters[name] = module.slot(name)
         adapted.active = module.active
         return adapted
-    if isinstance(module, Linear):
-        return Adapted(module)
-    raise TypeError(
-        f"{site}: cannot adapt {type(module).__name__}, only nn.Linear, OpLinear and Adapted; "
-        f"leave it out with '!{site}'"
-    )
+    require({site: module})
+    return Adapted(cast("Adaptable", module))
 
 
 @torch.no_grad()
-def merge(module: Adapted) -> nn.Linear:
-    """A new plain layer with the folded weight, in the base's dtype; the adapted one stays as it is.
+def merge(module: Adapted) -> nn.Module:
+    """A new ordinary layer of the base's kind with the folded weight, in the base's dtype.
 
-    Raises TypeError for any other module.
+    The adapted one stays as it is. Raises TypeError for any other module.
     """
     if not isinstance(module, Adapted):
         raise TypeError(f"cannot merge {type(module).__name__}, only Adapted; nothing to fold")
-    return linear(module.weight, module.bias, like=module.base)
+    return plain(module.base, module.matrix)
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -258,7 +282,7 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-def frozen(layer: Linear) -> Linear:
+def frozen(layer: Adaptable) -> Adaptable:
     """The layer itself when nothing in it trains, else a double whose frozen parameters share its storage."""
     if not any(p.requires_grad for p in layer.parameters()):
         return layer
@@ -266,10 +290,7 @@ def frozen(layer: Linear) -> Linear:
     return copy.deepcopy(layer, memo=dict(views))
 
 
-def linear(weight: Tensor, bias: Tensor | None, *, like: Linear) -> nn.Linear:
-    """A new `nn.Linear` with copies of the tensors, in the dtype and mode of another."""
-    made = nn.Linear(like.in_features, like.out_features, bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.detach().to(like.weight.dtype, copy=True))
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone())
-    return made.train(like.training)
+def facts(layer: nn.Module) -> dict[str, object]:
+    """What a layer says about itself in plain values, such as its `stride` or `padding_idx`."""
+    kinds = (int, float, str, tuple, type(None))
+    return {key: v for key, v in vars(layer).items() if isinstance(v, kinds) and not key.startswith("_")}

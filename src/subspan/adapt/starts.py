@@ -318,3 +318,30 @@ def sample(size: int, count: int, source: torch.Generator) -> Tensor:
         found = torch.unique(torch.cat([found, torch.randint(size, (count,), generator=source)]))
     kept: Tensor = found[torch.randperm(len(found), generator=source)[:count]]
     return kept
+
+
+@dataclass(frozen=True)
+class ZeroTriples:
+    """u diag(e) v = 0 with e = 0 and Gaussian u (m, rank) and v (rank, n) of deviation `spread`, all trained.
+
+    `final` is the mean rank that a schedule is to leave (see `ranks.RankSchedule`); None for a rank that stays.
+    """
+
+    rank: int
+    final: int | None = None
+    spread: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.final is not None and not 1 <= self.final <= self.rank:
+            raise ValueError(f"final {self.final} is outside 1..{self.rank}, the rank to start with")
+
+    def __call__(self, site: str, w: Tensor) -> Product:
+        """The op for one site and weight w (m, n); raises ValueError for a rank outside 1..min(m, n)."""
+        (m, n), like = w.shape, wide(w[:0])
+        check_rank(self.rank, m, n, site)
+        source = draw(site, self.seed)
+        u = (self.spread * torch.randn(m, self.rank, generator=source)).to(like)
+        v = (self.spread * torch.randn(self.rank, n, generator=source)).to(like)
+        e = nn.Parameter(like.new_zeros(self.rank))
+        return Product([Dense(nn.Parameter(u)), Diag(e), Dense(nn.Parameter(v))])

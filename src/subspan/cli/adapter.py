@@ -42,7 +42,8 @@ Root = Annotated[str, typer.Option("--root", help="What to put before them to ge
 def run(ctx: typer.Context) -> None:
     """Check, convert, merge or compare adapters, PEFT's or subspan's own.
 
-    A PEFT folder holds adapter_config.json and adapter_model.safetensors: LoRA, rsLoRA, DoRA or PiSSA.
+    A PEFT folder holds adapter_config.json and adapter_model.safetensors: LoRA (with rsLoRA, DoRA, PiSSA, EVA),
+    AdaLoRA, LoHa, LoKr, VeRA, RandLoRA, OFT or SHiRA.
     """
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
@@ -89,7 +90,7 @@ def convert(
     """Rewrite an adapter: as plain LoRA that every server takes, for PEFT, or for subspan.
 
     Plain LoRA is the best of its rank for what the adapter changes, and the error is printed: zero where the rank
-    suffices. PEFT keeps LoRA, rsLoRA and DoRA as they are; PiSSA and MiLoRA become LoRA of twice the rank.
+    suffices. PEFT keeps most types as they are; PiSSA and MiLoRA become LoRA of twice the rank.
     """
     jobs.vacant(out, force=force, reads=[adapter])
     if rank is not None and to is not Form.lora:
@@ -209,7 +210,8 @@ def _to_subspan(saved: AdapterFolder, source: str, out: Path, *, force: bool) ->
     if saved.whole or not saved.args or saved.form == "subspan":
         what = (
             "modules saved whole" if saved.whole
-            else "ranks or scales that differ between layers" if not saved.args else "that form already"
+            else "that form already" if saved.form == "subspan"
+            else "ranks, scales or fixed matrices that no preset of subspan makes"
         )  # fmt: skip
         raise ValueError(
             f"{saved.path} has {what}; a subspan folder is one preset on every layer: use it as it is"

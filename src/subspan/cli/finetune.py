@@ -78,9 +78,11 @@ def run(
     note(f"training on {len(content):,} characters")
     found = lessons.split(jobs.tokens(loaded.tokenizer, content), length)
     above = None if master is None else jobs.opened(master, dtype=dtype, device=device, merged=True).model
+    look = lessons.glance(found, batch, seed=seed, device=jobs.device_of(loaded.model))
     learns = lessons.learning(
-        loaded.model, method, steps=steps, select=select, rank=count, alpha=alpha, every=every, teacher=above
-    )
+        loaded.model, method, steps=steps, select=select, rank=count, alpha=alpha, every=every, teacher=above,
+        look=look,
+    )  # fmt: skip
     rate = lessons.default_lr(method, scratch=False) if lr is None else lr
     history = lessons.fit(loaded.model, learns, found, steps=steps, batch=batch, lr=rate, seed=seed, label=method)
     about = {"method": method, "args": learns.args, "lr": rate, "seed": seed, "data": data}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from rich.table import Table
 from torch import nn
 
 from subspan.cli.common import (
+    HELP_FILES,
     LIMIT,
     Bytes,
     Calibrate,
@@ -36,22 +39,27 @@ from subspan.cli.common import (
     note_unused,
     one_of,
 )
-from subspan.hosts import jobs, lessons, transformers
+from subspan.compress import Calibration
+from subspan.hosts import jobs, lessons, text, transformers
+from subspan.hosts.foretold import foretold
+from subspan.hosts.transformers import LoadedModel
 from subspan.io import ABOUT
+from subspan.methods import methods
 from subspan.optim import hidden_matrices, ledger
 
 EXAMPLE = "subspan plan smollm2 --method svd_llm --err 0.3 --calibrate @prose -o p.json"
 COMPRESSION = (
     "ratio", "err", "energy", "bytes", "metric", "out", "select", "calibrate", "tokens", "window", "force",
 )  # fmt: skip
-TRAINING = ("rank", "every", "where", "shards")
+TRAINING = ("rank", "every", "where", "shards", "data")
+ADAPTER = ("select", "window", "tokens", "rank", "data")
 
 
 def run(
     ctx: typer.Context,
     model: Model,
     method: Annotated[
-        str | None, typer.Option("--method", help="A compression that `subspan methods` lists.")
+        str | None, typer.Option("--method", help="A compression or adapter that `subspan methods` lists.")
     ] = None,
     optimizer: Annotated[
         str | None, typer.Option("--optimizer", help="Or an optimizer of the list: what will its training hold?")
@@ -77,6 +85,10 @@ def run(
     ] = None,
     select: Select = None,
     calibrate: Calibrate = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="FILE", help=f"What an adapter will learn from. {HELP_FILES}"),
+    ] = None,
     tokens: Tokens = 8192,
     window: Window = None,
     force: Force = False,
@@ -88,19 +100,45 @@ def run(
 ) -> Result:
     """Choose ranks, or see what an optimizer will hold, before anything is changed.
 
-    With --method the plan is a table to print, to edit as a file and to give to `subspan compress --plan`. With
-    --optimizer it is the bytes that training will hold, beside AdamW's, and where a subspace does not pay.
+    For a compression the plan is a table to print, to edit as a file and to give to `subspan compress --plan`. For
+    an adapter it is the rank of each layer and what will train. With --optimizer it is the bytes that training
+    will hold, beside AdamW's, and where a subspace does not pay.
     """
     if one_of(method=method, optimizer=optimizer) == "optimizer":
-        refuse(ctx, COMPRESSION, "is for a compression's --method; leave it out with --optimizer")
+        refuse(ctx, (*COMPRESSION, "data"), "is for a compression's --method; leave it out with --optimizer")
         return training(
             model, str(optimizer), rank=rank, every=every, where=where, shards=shards, dtype=dtype, seed=seed
         )
-    refuse(ctx, TRAINING, "is for --optimizer; leave it out with --method")
     method = str(method)
+    if method in methods("adapter"):
+        refuse(ctx, {*COMPRESSION, *TRAINING} - {*ADAPTER}, "is not for adapters; leave it out")
+        loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed)
+        return adapter(loaded, method, rank=rank, select=select, data=data, window=window, tokens=tokens)
+    refuse(ctx, TRAINING, "is for --optimizer and for adapters; leave it out with --method of a compression")
     sizes = {"ratio": ratio, "err": err, "energy": energy, "bytes": bytes}
     one_of(**sizes)
-    args = jobs.encode(jobs.target_of(**sizes), metric)
+    return compression(
+        model, method, jobs.encode(jobs.target_of(**sizes), metric), out=out, select=select, calibrate=calibrate,
+        tokens=tokens, window=window, force=force, seed=seed, device=device, dtype=dtype,
+    )  # fmt: skip
+
+
+def compression(
+    model: str,
+    method: str,
+    args: jobs.Json,
+    *,
+    out: Path | None,
+    select: str | None,
+    calibrate: list[str] | None,
+    tokens: int,
+    window: int | None,
+    force: bool,
+    seed: int,
+    device: str,
+    dtype: DType,
+) -> Result:
+    """The ranks that `subspan compress --method METHOD` will choose, and what they cost."""
     made = jobs.decode(method, args)
     jobs.require_data(method, made, calibrate)
     note_unused(method, calibrate, needed=made.needs_data)
@@ -112,6 +150,35 @@ def run(
     if out is not None:
         note(f"wrote {jobs.write_plan(plan, out)}")
     return Result(plan.to_dict(), (plan.table(LIMIT), *plan.remarks()))
+
+
+def adapter(
+    loaded: LoadedModel,
+    method: str,
+    *,
+    rank: str | None,
+    select: str | None,
+    data: list[str] | None,
+    window: int | None,
+    tokens: int,
+) -> Result:
+    """The ranks and trained numbers that `subspan finetune --method ADAPTER` will start with."""
+    count = None if rank is None else lessons.parse_rank(rank)
+    look = None
+    if data is not None:
+        length = jobs.window_for(loaded.model, window, usual=128)
+        ids = jobs.tokens(loaded.tokenizer, text.read(data), max(tokens, length))
+        batches = text.windows(ids, length).unsqueeze(1).to(jobs.device_of(loaded.model))
+        look = Calibration(batches, jobs.forward, jobs.loss)
+    found, args = foretold(loaded.model, method, select=select, rank=count, look=look)
+    table = Table("layer", "out x in", "rank", "explains", "trained numbers")
+    for name, row in list(found.items())[:LIMIT]:
+        share = "-" if row.explains is None else f"{row.explains:.3f}"
+        table.add_row(name, f"{row.shape[0]}x{row.shape[1]}", str(row.rank), share, f"{row.numbers:,}")
+    total = sum(row.numbers for row in found.values())
+    notes = [f"{len(found) - LIMIT} more layers; --json lists all"] if len(found) > LIMIT else []
+    said = {"method": method, "args": args, "numbers": total, "sites": {n: r._asdict() for n, r in found.items()}}
+    return Result(said, (table, *notes, f"{total:,} numbers train, in {len(found)} layers"))
 
 
 def training(
@@ -142,9 +209,9 @@ def outline(model: str, *, dtype: DType, seed: int) -> nn.Module:
         return transformers.skeleton(model, dtype=getattr(torch, dtype))
 
 
-def refuse(ctx: typer.Context, names: tuple[str, ...], why: str) -> None:
-    """Raise typer.BadParameter for options that belong to the other half of this verb."""
-    sources = {name: ctx.get_parameter_source(name) for name in names}
+def refuse(ctx: typer.Context, names: Iterable[str], why: str) -> None:
+    """Raise typer.BadParameter for options that belong to another part of this verb."""
+    sources = {name: ctx.get_parameter_source(name) for name in sorted(names)}
     given = [f"--{name}" for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     if given:
         raise typer.BadParameter(f"{', '.join(given)} {why}")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from subspan import io
-from subspan.adapt import Adapted, adapt
+from subspan.adapt import Adapted, Adapter, adapt, remembered
 from subspan.adapt.layer import Slot
+from subspan.adapt.triples import cut_as_saved
 from subspan.edit import edit
 from subspan.hosts import quantizer
 from subspan.hosts import transformers as host
@@ -143,17 +144,25 @@ def write_notes(folder: Path, notes: Mapping[str, Any] | None) -> None:
 def put_adapter(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> None:
     """Put a saved adapter on its base, strictly; the model is left as it was on any error."""
     found = fingerprint(model)
-    done = edit(model, about["sites"], adapt(build(about["method"], "adapter", **about["args"])))
+    tensors = io.read_tensors(folder / io.WEIGHTS)
+    done = edit(model, about["sites"], adapt(rebuilt(about, tensors)))
     try:
         if found != about["base"]["sha256"]:
             raise ValueError(
                 f"{folder} was trained on other weights than {about['base']['source']} has now (sha256 "
                 f"{found[:12]} instead of {about['base']['sha256'][:12]}); give it the base it was made for"
             )
-        io.fill(added(model), io.read_tensors(folder / io.WEIGHTS), str(folder))
+        cut_as_saved(model, tensors)
+        io.fill(added(model), tensors, str(folder))
     except BaseException:
         done.undo()
         raise
+
+
+def rebuilt(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter that a folder describes, to be filled with its tensors; these say what data taught its start."""
+    adapter: Adapter = build(about["method"], "adapter", **about["args"])
+    return remembered(adapter, tensors)
 
 
 def added(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,28 +14,34 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from subspan import io
-from subspan.adapt import Adapted, adapt, trainable
-from subspan.adapt.layer import Linear
+from subspan.adapt import AdaLora, Adapted, Adapter, FromData, RankSchedule, adapt, planned, prepare, trainable
+from subspan.adapt.layers import refusal, require
+from subspan.compress import Calibration
 from subspan.distill import Distill
 from subspan.edit import edit, sharers, sites
 from subspan.heal import Factors, Named, only
 from subspan.hosts import text
-from subspan.hosts.jobs import Json, fold, place
+from subspan.hosts.jobs import Json, fold, forward, loss, place
 from subspan.hosts.training import History, Loss, draw, train
 from subspan.hosts.transformers import LoadedModel
 from subspan.methods import build, find
-from subspan.ops import OpLinear
-from subspan.optim import Adam, Optim, Recipe, Rule
+from subspan.ops import OpLayer, OpLinear
+from subspan.optim import Adam, Optim, Recipe, Rule, hasten
+from subspan.optim.pairs import usual
 from subspan.select import Select, pick
+from subspan.site import kind_of, parameter
 
 VALIDATION_WINDOWS = 32
 HELD_OUT = 0.1
+LOOK = 8
 
 # From scratch, and from a trained model, where a tenth to a fiftieth is the custom.
 SCRATCH_LR = {"adamw": 3e-3, "galore": 1e-2, "fira": 1e-2, "frugal": 1e-3, "mezo": 1e-4}
 FINETUNE_LR = {
     "adamw": 5e-5, "galore": 2e-4, "fira": 2e-4, "frugal": 5e-5, "mezo": 1e-6,
-    "lora": 1e-3, "rslora": 1e-3, "dora": 1e-3, "pissa": 3e-4, "welore_peft": 3e-4, "full": 5e-5,
+    "lora": 1e-3, "rslora": 1e-3, "dora": 1e-3, "pissa": 3e-4, "welore_peft": 3e-4, "full": 5e-5, "adalora": 1e-3,
+    "lora_plus": 5e-4, "lora_pro": 1e-3, "riemannian_lora": 1e-3,
+    "eva": 5e-4, "lora_ga": 1e-4, "lora_one": 2e-4, "lora_sb": 1e-3,
     "pela": 5e-5,
 }  # fmt: skip
 
@@ -79,7 +85,8 @@ def rule(
 class Learning:
     """What a method trains: the parameters by name, the rule that steps them, its arguments, and what to save.
 
-    They learn from the model's own loss, or from another.
+    They learn from the model's own loss, or from another; factors u step at `ratio` times the learning rate.
+    Under `ranks` their number falls, and what was pruned is gone at the end.
     """
 
     named: Named
@@ -87,6 +94,8 @@ class Learning:
     args: Json
     kind: str
     loss: Loss | None = None
+    ratio: float = 1.0
+    ranks: AdaLora | None = None
 
 
 def learning(
@@ -99,11 +108,12 @@ def learning(
     alpha: float | None = None,
     every: int | None = None,
     teacher: nn.Module | None = None,
+    look: Calibration | None = None,
 ) -> Learning:
     """Prepare a model for fine-tuning by an adapter, a healing method or an optimizer; all else is frozen.
 
-    A method that distils needs the teacher, which is frozen too. Raises ValueError for a compression, and naming
-    an argument that the method does not take.
+    A method that distils needs the teacher, which is frozen too; an adapter that starts from data needs `look`.
+    Raises ValueError for a compression, and naming an argument that the method does not take.
     """
     kind = find(method).kind
     if kind == "compression":
@@ -117,8 +127,11 @@ def learning(
     if kind == "adapter":
         refuse_stack(model, method)
         args = full_args(method, rank=rank, alpha=alpha, every=every)
-        edit(model, adaptable(model, select), adapt(build(method, "adapter", **args)))
-        return Learning(only(model, {name for name, _ in trainable(model)}), Adam(), args, kind)
+        start, names = prepared(build(method, "adapter", **args), model, adaptable(model, select), look)
+        put = usual(start)
+        edit(model, names, adapt(put))
+        named = only(model, {name for name, _ in trainable(model)})
+        return Learning(named, put.rule, args, kind, ratio=put.ratio, ranks=planned(put, steps))
     fold(model)
     if kind == "healing":
         heal: Factors = build(method, rank=rank, alpha=alpha, every=every)
@@ -129,22 +142,47 @@ def learning(
     return Learning(only(model, {name for name, _ in model.named_parameters()}), made, args, kind)
 
 
-def adaptable(model: nn.Module, select: Select | None = None) -> list[str]:
-    """The layers that adapters go on: as `edit.sites` chooses among linear ones, and the compressed among those.
+def prepared(
+    adapter: Adapter, model: nn.Module, names: Sequence[str], look: Calibration | None
+) -> tuple[Adapter, list[str]]:
+    """The adapter after its look at the data, if it wants one, and the layers that are left to put it on.
 
-    Raises what `edit.sites` and `select.pick` raise.
+    Raises what `adapt.prepare` raises.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
-    if not any(isinstance(m, OpLinear) for m in found.values()):
-        return list(sites(model, select))
+    found = {name: model.get_submodule(name) for name in names}
+    made = prepare(adapter, model, found, look or Calibration())
+    idle = made.op.idle if isinstance(made.op, FromData) else set()
+    return made, [name for name in names if name not in idle]
+
+
+def glance(data: Split, batch: int, *, seed: int = 0, device: torch.device | None = None) -> Calibration:
+    """What adapters that start from data look at: the batches that training with the same seed begins with."""
+    drawn = draw(data.train, length=data.validation.shape[1], batch=batch, steps=LOOK, seed=seed)
+    return Calibration([ids.to(device) for ids in drawn], forward, loss)
+
+
+def adaptable(model: nn.Module, select: Select | None = None) -> list[str]:
+    """The layers that adapters go on: as `edit.sites` chooses, and the compressed among those.
+
+    Experts of 3-D parameters, which cannot carry one, are left out unless they are named. Raises `NotAdaptable`,
+    and what `edit.sites` and `select.pick` raise.
+    """
+    fit = {n: m for n, m in model.named_modules() if not refusal(m)}
+    kind = OpLinear if select is None else OpLayer
+    found = {n: m for n, m in fit.items() if isinstance(m, kind) or ((k := kind_of(m)) is not None and k.usual)}
+    if not any(isinstance(m, OpLayer) for m in found.values()):
+        chosen = sites(model, select)
+        able = {n: m for n, m in chosen.items() if select is not None or n in fit} or chosen
+        require(able)
+        return list(able)
     if select is not None:
-        chosen = pick(found, select, what="linear layer")
-        plain = {name for name in chosen if not isinstance(found[name], OpLinear)}
+        picked = pick(found, select, what="linear layer")
+        plain = {name for name in picked if not isinstance(found[name], OpLayer)}
         if plain:  # refuses those that share their weight
             sites(model, plain.__contains__)
-        return chosen
+        return picked
     shared = sharers(model)
-    free = [n for n, m in found.items() if isinstance(m, OpLinear) or id(m.weight) not in shared]
+    free = [n for n, m in found.items() if isinstance(m, OpLinear) or id(parameter(m)) not in shared]
     return [name for name in free if any(part.isdigit() for part in name.split("."))] or free
 
 
@@ -239,12 +277,16 @@ def fit(
     label: str = "training",
 ) -> History:
     """Train what `learns` names on random windows, as long as those of validation; raises what `train` raises."""
-    optimizer = Optim(learns.named, learns.rule, lr=lr, seed=seed)
+    optimizer = hasten(Optim(learns.named, learns.rule, lr=lr, seed=seed), learns.ratio)
+    schedule = None if learns.ranks is None else RankSchedule(model, learns.ranks).attach(optimizer)
     batches = draw(data.train, length=data.validation.shape[1], batch=batch, steps=steps, seed=seed)
-    return train(
+    history = train(
         model, batches, optimizer, steps=steps, validation=data.validation, label=label, progress=True,
         loss=learns.loss,
     )  # fmt: skip
+    if schedule is not None:
+        schedule.finish()
+    return history
 
 
 class Split(NamedTuple):
@@ -299,7 +341,8 @@ def diary(history: History, about: Mapping[str, Any]) -> Json:
 
 
 def summary(history: History, learns: Learning) -> Json:
-    """What a run came to, as plain values."""
+    """What a run came to, as plain values; under a rank schedule, the ranks by site too."""
+    ends = {name.partition(".adapters.")[0]: len(p) for name, p in learns.named if name.endswith(".op.ops.1.d")}
     return {
         "parameters": sum(p.numel() for _, p in learns.named),
         "state_bytes": history.state_bytes,
@@ -308,4 +351,5 @@ def summary(history: History, learns: Learning) -> Json:
         "validation_before": history.validation[0][1],
         "validation_after": history.final,
         "perplexity": math.exp(history.final),
+        **({"ranks": ends} if learns.ranks is not None else {}),
     }

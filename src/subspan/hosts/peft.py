@@ -1,4 +1,4 @@
-"""LoRA, rsLoRA, DoRA and PiSSA as PEFT keeps them: `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapters as PEFT keeps them, of the types in `peft_types`: `adapter_config.json`, `adapter_model.safetensors`.
 
 What is written here loads in peft 0.21.2 on the same base, and the other way round. Loading is strict: a tensor
 too many or too few, another shape, or a field that would change the meaning is an error, and the model is left
@@ -18,44 +18,72 @@ from torch import Tensor, nn
 
 from subspan import io
 from subspan.adapt import Adapted, Adapter, Add, FromWeight, Rescale, SubtractInit, adapt
+from subspan.adapt.layers import matrix as matrix_of
+from subspan.adapt.layers import use_of
 from subspan.edit import Edit, Make, edit
 from subspan.hosts.peft_config import AUTOMATIC, PeftConfig, read_config
-from subspan.hosts.peft_keys import PICKLE, PREFIX, TENSORS, Triple, hint, some, sort_tensors
-from subspan.hosts.peft_write import Factor, write_peft
+from subspan.hosts.peft_given import Given
+from subspan.hosts.peft_keys import MU, PICKLE, PREFIX, TENSORS, Parts, Triple, U, V, hint, some, sort_tensors
+from subspan.hosts.peft_parts import Written
+from subspan.hosts.peft_types import TYPES, layout_of
+from subspan.hosts.peft_write import Factor, write_parts, write_peft
 from subspan.linalg import svd, wide
-from subspan.ops import LinOp, LowRank, OpLinear, Scaled
+from subspan.ops import LinOp, LowRank, OpLinear, Scaled, Sum
 from subspan.site import conv1d, kind_of, matrix
+
+INDEX = ".shira_indices"
 
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """An adapter folder of PEFT, read and found consistent."""
+    """An adapter folder of PEFT, read and found consistent.
+
+    `parts` are the tensors of each site by PEFT's names, `shared` those of all sites.
+    """
 
     path: Path
     config: PeftConfig
-    sites: Mapping[str, Triple]
+    parts: Mapping[str, Parts]
+    shared: Mapping[str, Tensor]
     whole: Mapping[str, Tensor]
     bases: Mapping[str, Tensor]
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Site -> (m, n)."""
-        return {site: (t.u.shape[0], t.v.shape[1]) for site, t in self.sites.items()}
+    def sites(self) -> dict[str, Triple]:
+        """The factors of a LoRA by site; raises ValueError for another type."""
+        if self.config.kind != "LORA":
+            raise ValueError(f"{self.path} is {self.config.layout.label}, which has no two factors")
+        return {site: Triple(own[U], own[V], own.get(MU)) for site, own in self.parts.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int | None, int | None]]:
+        """Site -> (m, n), None for what the tensors alone do not tell."""
+        return {site: self.config.layout.sizes(own) for site, own in self.parts.items()}
 
     def make(self, name: str) -> Make:
         """The function that puts this adapter on a layer: (site, module) -> module, for `edit`."""
 
+        # Layers of one precision and device hold the shared matrices once.
+        cast: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
+
         def put(site: str, module: nn.Module) -> nn.Module:
-            u, v, mu = self.sites[site]
-            scale = self.config.scale_of(site)
-            weight = next((p for p in module.parameters() if p.is_floating_point()), u)
-            u, v = (nn.Parameter(t.to(wide(weight[:0]))) for t in (u, v))
-            if self.config.pissa:
-                return _restart(site, module, name, LowRank(u, v), scale)
-            join = Add(scale) if mu is None else Rescale(scale, nn.Parameter(mu.to(u)))
-            return adapt(Adapter(lambda *_: LowRank(u, v), join), name)(site, module)
+            like = wide(next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))[:0])
+            own = _moved(self.parts[site], like)
+            if (like.dtype, like.device) not in cast:
+                cast[like.dtype, like.device] = _moved(self.shared, like)
+            shared = cast[like.dtype, like.device]
+            weight = _weight(module)
+            m, n = weight.shape if weight.dim() == 2 else (0, 0)
+            op, join = self.config.layout.read(Given(site, own, shared, self.config, m, n))
+            if self.config.pissa and isinstance(op, LowRank):
+                return _restart(site, module, name, op, self.config.scale_of(site))
+            return adapt(Adapter(lambda *_: op, join), name)(site, module)
 
         return put
+
+
+def _moved(tensors: Parts, like: Tensor) -> dict[str, Tensor]:
+    return {key: t.to(like) if t.is_floating_point() else t.to(like.device) for key, t in tensors.items()}
 
 
 def _restart(site: str, module: nn.Module, name: str, op: LowRank, scale: float) -> nn.Module:
@@ -87,7 +115,8 @@ def read_peft(folder: str | Path, *, prefix: str = PREFIX, root: str = "") -> Pe
     except ValueError as problem:
         raise ValueError(f"{folder / TENSORS}: {problem}") from None
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        whole = key.endswith(INDEX)  # saved as floats on Windows
+        if not (tensor.is_floating_point() or whole) or not tensor.isfinite().all():
             raise ValueError(f"{folder / TENSORS}: {key} holds NaN, Inf or no floats; save the adapter again")
     return PeftFolder(folder, config, *found)
 
@@ -114,25 +143,21 @@ def put_peft(model: nn.Module, saved: PeftFolder, name: str = "default") -> Edit
     whole = _by_module(saved.whole)
 
     def put(site: str, module: nn.Module) -> nn.Module:
-        return make(site, module) if site in saved.sites else _replaced(module, whole[site])
+        return make(site, module) if site in saved.parts else _replaced(module, whole[site])
 
-    return edit(model, [*saved.sites, *whole], put)
+    return edit(model, [*saved.parts, *whole], put)
 
 
 def check_fits(model: nn.Module, saved: PeftFolder) -> None:
     """Raise ValueError unless a model has the layers of an adapter, in its shapes, and targets no other."""
     modules = layers_of(model)
-    if lost := [site for site in saved.sites if site not in modules]:
+    if lost := [site for site in saved.parts if site not in modules]:
         raise ValueError(
             f"{saved.path} adapts {len(lost)} layers that {type(model).__name__} lacks ({some(lost)})"
             f"{hint(lost, modules) or '; it belongs to another model'}"
         )
-    have = {site: tuple(_weight(modules[site]).shape) for site in saved.sites}
-    if other := [
-        f"{site} {saved.shapes[site]} there, {have[site]} here"
-        for site in have
-        if have[site] != saved.shapes[site]
-    ]:
+    have = {site: tuple(_weight(modules[site]).shape) for site in saved.parts}
+    if other := [f"{site} {wrong}" for site, shape in have.items() if (wrong := _misfit(saved, site, shape))]:
         raise ValueError(
             f"{saved.path} was made for layers of other shapes: {some(other)}; it belongs to another model"
         )
@@ -141,6 +166,32 @@ def check_fits(model: nn.Module, saved: PeftFolder) -> None:
         if not (own := _weight(modules[site]).detach()).is_meta:
             check_base(saved.path, site, base, own.cpu())
     _check_whole(model, saved, modules)
+
+
+def _misfit(saved: PeftFolder, site: str, have: tuple[int, ...]) -> str:
+    """How the tensors of a site contradict a layer of that shape, under their config; empty if they fit."""
+    told = saved.shapes[site]
+    if len(have) != 2 or any(size is not None and size != own for size, own in zip(told, have, strict=True)):
+        there = ", ".join("any" if size is None else str(size) for size in told)
+        return f"({there}) there, {have} here"
+    m, n = have
+    wanted = saved.config.layout.shapes(saved.config, site, m, n)
+    own = {name: tuple(t.shape) for name, t in saved.parts[site].items()}
+    wrong = [f"{name} {size} there, {wanted.get(name, 'none')} here" for name, size in own.items()
+             if wanted.get(name) != size]  # fmt: skip
+    if not wrong and saved.shared and not _reached(saved, m, n):
+        wrong = [f"{name} {tuple(t.shape)} there, too small for {have} here" for name, t in saved.shared.items()]
+    return ", ".join(wrong)
+
+
+def _reached(saved: PeftFolder, m: int, n: int) -> bool:
+    """Whether the matrices of all sites are large enough for a layer (m, n)."""
+    a, b = (saved.shared[name] for name in saved.config.layout.shared)
+    if saved.config.kind == "VERA":
+        return a.shape[0] == b.shape[-1] == saved.config.rank and len(b) >= m and a.shape[-1] >= n
+    bases = -(-min(m, n) // saved.config.rank)
+    ranks = a.shape[0] == b.shape[-1] == saved.config.rank
+    return ranks and len(b) >= max(m, n) and b.shape[1] >= bases and a.shape[-1] >= min(m, n)
 
 
 def check_base(path: Path, site: str, saved: Tensor, own: Tensor) -> None:
@@ -162,8 +213,8 @@ def _check_targets(model: Any, saved: PeftFolder, modules: Mapping[str, nn.Modul
             f"{saved.path}: target_modules {_shown(config.targets)} matches no layer of {type(model).__name__}; "
             f"there are: {some(linear)}"
         )
-    alone = saved.sites.keys() - targeted if config.targets is not None else set()
-    if absent := sorted(targeted - saved.sites.keys()):
+    alone = saved.parts.keys() - targeted if config.targets is not None else set()
+    if absent := sorted(targeted - saved.parts.keys()):
         raise ValueError(
             f"{saved.path}: target_modules also names {some(absent)}, and the file holds no tensors for them; "
             "it belongs to another model, or was saved in part"
@@ -205,20 +256,63 @@ def save_peft(
     """Write one adapter of a model as a folder that peft loads on the original base.
 
     LoRA and rsLoRA keep their factors. An adapter that changed the base when it started (PiSSA, MiLoRA) becomes
-    a LoRA of twice the rank, u v - u0 v0, relative to the original. `modules_to_save` names modules that are
-    written whole; `rslora` writes alpha for a scale of alpha / sqrt(rank). Raises ValueError for a model without
-    that adapter, for one that is no LoRA or DoRA, and for a DoRA on top of another adapter; see `io.staged`.
+    a LoRA of twice the rank, u v - u0 v0, relative to the original. The other types of `peft_types.TYPES` keep
+    their tensors. `modules_to_save` names modules that are written whole; `rslora` writes alpha for a scale of
+    alpha / sqrt(rank). Raises ValueError for a model without that adapter, for one that PEFT has no type for or
+    no config, and for a DoRA or a rotation on top of another adapter; see `io.staged`.
     """
     found = {site: m for site, m in layers_of(model).items() if isinstance(m, Adapted) and name in m.adapters}
     if not found:
         raise ValueError(f"{type(model).__name__} carries no adapter {name!r}; adapt it first")
-    factors = {site: factor_of(site, module, name) for site, module in found.items()}
+    kind = type_of(found, name)
+    names, whole = list(layers_of(model)), _whole(model, modules_to_save)
+    if kind == "LORA":
+        factors = {site: factor_of(site, module, name) for site, module in found.items()}
+    else:
+        written = written_as(kind, found, name)
     with io.staged(out, force=force) as folder:
-        write_peft(
-            folder, factors, names=list(layers_of(model)), whole=_whole(model, modules_to_save), base=base,
-            rslora=rslora, dtype=dtype, kind=type(model),
-        )  # fmt: skip
+        if kind == "LORA":
+            write_peft(
+                folder, factors, names=names, whole=whole, base=base, rslora=rslora, dtype=dtype, kind=type(model)
+            )
+        else:
+            write_parts(folder, TYPES[kind], kind, written, names=names, whole=whole, base=base, dtype=dtype,
+                        model=type(model))  # fmt: skip
     return Path(out)
+
+
+def type_of(found: Mapping[str, Adapted], name: str = "default") -> str:
+    """PEFT's type of an adapter, LORA where no other fits; raises ValueError for sites of two types."""
+    if odd := [site for site, module in found.items() if use_of(module.base) is not None]:
+        raise ValueError(
+            f"{odd[0]}: adapters of convolutions and embeddings are not written for PEFT yet; merge them first"
+        )
+    kinds = {site: layout_of(m.slot(name).op, m.slot(name).join) or "LORA" for site, m in found.items()}
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"{site} is {kind}" for site, kind in list(kinds.items())[:4])
+        raise ValueError(f"a folder of PEFT has one type for all layers, but {told}; give them other names")
+    return next(iter(kinds.values()))
+
+
+@torch.no_grad()
+def written_as(kind: str, found: Mapping[str, Adapted], name: str = "default") -> Written:
+    """An adapter as the tensors and fields of one of PEFT's types; raises ValueError for what that cannot hold."""
+    layout = TYPES[kind]
+    for site, module in found.items():
+        if next(iter(module.adapters)) == name and module.origin is not module.base:
+            raise ValueError(
+                f"{site}: adapter {name!r} changed the base when it started, "
+                f"which PEFT's {layout.label} cannot say; "
+                "approximate it with `subspan adapter convert --to lora --rank N`"
+            )
+        if layout.turns and next(iter(module.adapters)) != name:
+            raise ValueError(
+                f"{site}: adapter {name!r} is {layout.label} on top of other adapters, which PEFT has not; "
+                "merge those first"
+            )
+    if layout.write is None:
+        raise ValueError(f"{kind} is written from its factors; see factor_of")
+    return layout.write({site: module.slot(name) for site, module in found.items()})
 
 
 @torch.no_grad()
@@ -241,7 +335,7 @@ def factor_of(site: str, module: Adapted, name: str = "default") -> Factor:
             )
         return Factor(u, v, scale, slot.join.mu.detach())
     if first and module.origin is not module.base:
-        taken = wide(module.origin.weight.detach()) - wide(module.base.weight.detach())
+        taken = wide(matrix_of(module.origin).detach()) - wide(matrix_of(module.base).detach())
         a, s, bh = svd(taken)
         root = (s[: low.rank] / scale).sqrt()
         u = torch.cat([u, (-a[:, : low.rank] * root).to(u)], dim=1)
@@ -254,6 +348,10 @@ def low_rank(op: LinOp) -> LowRank | None:
     if isinstance(op, Scaled):
         inner = low_rank(op.op)
         return None if inner is None else LowRank(op.scale * inner.u.detach(), inner.v.detach())
+    if isinstance(op, Sum):
+        parts = [part for part in map(low_rank, op.ops) if part is not None]
+        if len(parts) == len(op.ops):
+            return LowRank(torch.cat([p.u.detach() for p in parts], 1), torch.cat([p.v.detach() for p in parts]))
     return op if isinstance(op, LowRank) else None
 
 

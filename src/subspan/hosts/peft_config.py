@@ -1,4 +1,4 @@
-"""What an `adapter_config.json` of PEFT says about a LoRA; fields as of peft 0.21.2."""
+"""What an `adapter_config.json` of PEFT says; fields as of peft 0.21.2."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from subspan.hosts.peft_types import TYPES, Layout
+
 CONFIG = "adapter_config.json"
 
-# Fields that only matter while training, while starting an adapter, or under another field that is refused.
-HARMLESS = frozenset({
-    "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "fan_in_fan_out",
-    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "qalora_group_size", "runtime_config", "velora_config",
-})  # fmt: skip
+# Fields that every type may have; the first that only say where an adapter comes from.
+HARMLESS = frozenset({"auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out"})
 READ = frozenset({
-    "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "exclude_modules",
-    "modules_to_save", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights",
+    "peft_type", "task_type", "base_model_name_or_path", "target_modules", "exclude_modules", "modules_to_save",
     "layers_to_transform", "layers_pattern", "bias",
 })  # fmt: skip
 # Starts that leave the base weight as it is; PiSSA's can be done again, the others cannot.
@@ -29,7 +26,7 @@ AUTOMATIC = {"SEQ_CLS": {"classifier", "score"}, "TOKEN_CLS": {"classifier", "sc
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """A LoRA, rsLoRA, DoRA or PiSSA of PEFT: which layers, of what rank, at what scale.
+    """An adapter of PEFT: its type, which layers, of what rank, at what scale, and the type's own options.
 
     >>> config = PeftConfig(rank=8, alpha=16.0, targets=("q_proj",), rank_pattern={"layers.0.q_proj": 4})
     >>> config.rank_of("model.layers.0.q_proj"), config.scale_of("model.layers.0.q_proj")
@@ -50,6 +47,13 @@ class PeftConfig:
     layers_pattern: tuple[str, ...] = ()
     base: str | None = None
     task: str | None = None
+    kind: str = "LORA"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> Layout:
+        """How PEFT keeps this type."""
+        return TYPES[self.kind]
 
     def rank_of(self, site: str) -> int:
         """The rank at a site: the first pattern that matches the end of its name, else the common one."""
@@ -67,6 +71,8 @@ class PeftConfig:
     @property
     def method(self) -> str:
         """The preset of ours that this is."""
+        if self.kind != "LORA":
+            return self.layout.method
         return "dora" if self.dora else "pissa" if self.pissa else "rslora" if self.rslora else "lora"
 
     def targeted(self, names: Iterable[str], linear: Iterable[str], head: str | None = None) -> set[str]:
@@ -124,37 +130,49 @@ def read_config(folder: str | Path) -> PeftConfig:
 
 def parse_config(found: Mapping[str, Any]) -> PeftConfig:
     """The fields of a config as a value; raises ValueError as `read_config` does."""
-    if found.get("peft_type") != "LORA":
+    kind = found.get("peft_type")
+    if kind not in TYPES:
         raise ValueError(
-            f"peft_type is {found.get('peft_type')!r}; subspan reads LORA (with rslora, dora, pissa): "
+            f"peft_type is {kind!r}; subspan reads {', '.join(TYPES)} (LORA with rslora, dora, pissa, eva): "
             "merge it with peft's merge_and_unload and use the whole model"
         )
-    _refuse(found)
+    layout = TYPES[kind]
+    _refuse(found, layout)
     targets, excluded = (found.get(key) for key in ("target_modules", "exclude_modules"))
     layers, init = found.get("layers_to_transform"), found.get("init_lora_weights", True)
+    rank = _number(found, layout.rank, layout.default) if layout.rank else 1
     return PeftConfig(
-        rank=_number(found, "r", 8),
-        alpha=_number(found, "lora_alpha", 8, whole=False),
+        rank=rank,
+        alpha=_number(found, layout.alpha, layout.default_alpha, whole=False) if layout.alpha else rank,
         targets=targets if targets is None else _names(targets, "target_modules"),
         excluded=_names(excluded or (), "exclude_modules"),
         whole=tuple(found.get("modules_to_save") or ()),
-        rank_pattern=_pattern(found, "rank_pattern", whole=True),
-        alpha_pattern=_pattern(found, "alpha_pattern", whole=False),
+        rank_pattern=_pattern(found, "rank_pattern", whole=True) if layout.patterns else {},
+        alpha_pattern=_pattern(found, "alpha_pattern", whole=False) if layout.patterns else {},
         rslora=bool(found.get("use_rslora")),
         dora=bool(found.get("use_dora")),
-        pissa=init == "pissa",
+        pissa=kind == "LORA" and init == "pissa",
         layers=None if layers is None or layers == [] else (layers,) if isinstance(layers, int) else tuple(layers),
         layers_pattern=_patterns(found.get("layers_pattern")),
         base=found.get("base_model_name_or_path"),
         task=found.get("task_type"),
+        kind=kind,
+        options=layout.options(found),
     )
 
 
-def _refuse(found: Mapping[str, Any]) -> None:
+def _refuse(found: Mapping[str, Any], layout: Layout) -> None:
+    known = HARMLESS | READ | layout.harmless | layout.fields | {layout.rank, layout.alpha}
+    if layout.patterns:
+        known |= {"rank_pattern", "alpha_pattern"}
     for key, value in found.items():
-        if key not in HARMLESS | READ and value not in (None, False, {}, [], ()):
+        if key not in known and value not in (None, False, {}, [], ()):
+            kind = found["peft_type"]
+            said = (
+                "" if kind == "LORA" else f"peft_type is {kind!r}, one of {', '.join(TYPES)} that are read, but "
+            )
             raise ValueError(
-                f"{key} is {value!r}, which changes what the adapter means and is not read; "
+                f"{said}{key} is {value!r}, which changes what the adapter means and is not read; "
                 "merge it with peft's merge_and_unload and use the whole model"
             )
     if found.get("bias", "none") != "none":
@@ -163,6 +181,8 @@ def _refuse(found: Mapping[str, Any]) -> None:
             "the base alone; only 'none' is read: merge it with peft's merge_and_unload"
         )
     init = found.get("init_lora_weights", True)
+    if layout is not TYPES["LORA"]:
+        return
     if init not in (*KEEPING, "pissa"):
         raise ValueError(
             f"init_lora_weights is {init!r}, a start that changes the base weight in a way the folder does not "

@@ -1,4 +1,4 @@
-"""The tensor names of a LoRA in PEFT's files, and what to say when they are not those of a model."""
+"""The tensor names of PEFT's files, and what to say when they are not those of a model."""
 
 from __future__ import annotations
 
@@ -6,50 +6,66 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from subspan.hosts.peft_config import PeftConfig
 
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
-V, U, MU, BASE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".base_layer.weight"
+PREFIX, ALL = "base_model.model.", "base_model."
+V, U, MU, BASE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", ".base_layer.weight"
 REFUSED = {
     ".lora_embedding_A": "an adapter on an embedding",
     ".lora_embedding_B": "an adapter on an embedding",
     ".lora_B.bias": "a bias on lora_B",
     ".lora_E": "AdaLoRA's middle factor",
+    ".hada_t1": "a convolution's LoHa",
+    ".lokr_t2": "a convolution's LoKr",
+    ".oft_embedding_R": "an adapter on an embedding",
     ".trainable_tokens_delta": "trained token rows",
 }
 
 
+Parts = Mapping[str, Tensor]
+
+
+# Parts that are vectors; all others are matrices.
+FLAT = frozenset({MU, "vera_lambda_b", "vera_lambda_d", "shira_weight"})
+
+
 class Triple(NamedTuple):
-    """What PEFT keeps of one site: u = lora_B (m, rank), v = lora_A (rank, n), and DoRA's mu (m,)."""
+    """What PEFT keeps of one site of a LoRA: u = lora_B (m, rank), v = lora_A (rank, n), and DoRA's mu (m,)."""
 
     u: Tensor
     v: Tensor
     mu: Tensor | None = None
 
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors by their names."""
+        return {V: self.v, U: self.u} | ({} if self.mu is None else {MU: self.mu})
+
 
 class Sorted(NamedTuple):
-    """The tensors of a file: those of each site, whole parameters by name, and copies of base weights by site."""
+    """The tensors of a file: of each site, of all sites, whole parameters, and copies of base weights by site."""
 
-    sites: dict[str, Triple]
+    sites: dict[str, dict[str, Tensor]]
+    shared: dict[str, Tensor]
     whole: dict[str, Tensor]
     bases: dict[str, Tensor]
 
 
-def peft_tensors(sites: Mapping[str, Triple], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def peft_tensors(
+    sites: Mapping[str, Parts], whole: Mapping[str, Tensor], shared: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The tensors under PEFT's names.
 
     >>> import torch
-    >>> list(peft_tensors({"q": Triple(torch.ones(2, 1), torch.ones(1, 3))}, {"head.weight": torch.ones(1)}))
+    >>> sites = {"q": Triple(torch.ones(2, 1), torch.ones(1, 3)).parts()}
+    >>> list(peft_tensors(sites, {"head.weight": torch.ones(1)}))
     ['base_model.model.q.lora_A.weight', 'base_model.model.q.lora_B.weight', 'base_model.model.head.weight']
     """
-    named: dict[str, Tensor] = {}
-    for site, triple in sites.items():
-        named |= {f"{PREFIX}{site}{V}": triple.v, f"{PREFIX}{site}{U}": triple.u}
-        if triple.mu is not None:
-            named[f"{PREFIX}{site}{MU}"] = triple.mu
+    named = {f"{PREFIX}{site}.{name}": tensor for site, parts in sites.items() for name, tensor in parts.items()}
+    named |= {f"{ALL}{name}": tensor for name, tensor in (shared or {}).items()}
     return named | {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
 
 
@@ -58,51 +74,78 @@ def sort_tensors(
 ) -> Sorted:
     """Sort a file's tensors by site; a name in the file is `prefix` + site, once `root` is put before the site.
 
-    Raises ValueError for names that a LoRA of this config has not, for names it lacks, and for ranks other than
-    the config's.
+    Raises ValueError for names that an adapter of this config has not, for names it lacks, and for ranks other
+    than the config's.
     """
+    shared, tensors = _shared(tensors, config)
     if strange := [key for key in tensors if not key.startswith(prefix)]:
         raise ValueError(
             f"{len(strange)} of {len(tensors)} tensor names do not begin with {prefix!r} ({some(strange)}); "
             f"give their beginning as prefix, such as prefix={_beginning(strange)!r}"
         )
     local = {root + key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    found = {
-        end: {key.removesuffix(end): t for key, t in local.items() if key.endswith(end)}
-        for end in (U, V, MU, BASE)
-    }
-    rest = {key: t for key, t in local.items() if not key.endswith((U, V, MU, BASE))}
+    parts: dict[str, dict[str, Tensor]] = {}
+    ends = tuple(f".{name}" for name in config.layout.names)
+    for key, tensor in local.items():
+        if end := next((end for end in ends if key.endswith(end)), ""):
+            parts.setdefault(key.removesuffix(end), {})[end[1:]] = tensor
+    bases = {key.removesuffix(BASE): t for key, t in local.items() if key.endswith(BASE)}
+    rest = {key: t for key, t in local.items() if not key.endswith((*ends, BASE))}
     for end, what in REFUSED.items():
         if names := [key for key in rest if key.endswith(end)]:
             raise ValueError(f"{what} is not read ({some(names)}); merge it with peft's merge_and_unload")
     whole = {key: t for key, t in rest.items() if key.rpartition(".")[0].endswith(tuple(config.whole) or ("\0",))}
-    sites = found[U].keys() | found[V].keys()
-    wanted = {f"{site}{end}" for site in sites for end in ((U, V, MU) if config.dora else (U, V))}
-    have = {f"{site}{end}" for end in (U, V, MU) for site in found[end]} | (rest.keys() - whole.keys())
-    if wanted != have or not sites:
-        raise ValueError(_difference(sorted(have - wanted), sorted(wanted - have)))
-    triples = {
-        site: Triple(found[U][site], found[V][site], found[MU].get(site)) for site in sorted(sites, key=_by_number)
-    }
-    _check_ranks(triples, config)
-    return Sorted(triples, whole, found[BASE])
+    wanted = {f"{site}.{name}" for site, own in parts.items() for name in config.layout.must(own.keys(), config)}
+    have = {f"{site}.{name}" for site, own in parts.items() for name in own} | (rest.keys() - whole.keys())
+    wanted |= set(config.layout.shared)
+    have |= shared.keys()
+    if wanted != have or not parts:
+        raise ValueError(_difference(sorted(have - wanted), sorted(wanted - have), config.layout.label))
+    sites = {site: parts[site] for site in sorted(parts, key=_by_number)}
+    _check_shapes(sites, config)
+    return Sorted(sites, shared, whole, bases)
 
 
-def _check_ranks(triples: Mapping[str, Triple], config: PeftConfig) -> None:
-    for site, (u, v, mu) in triples.items():
-        rank = config.rank_of(site)
-        good = u.dim() == v.dim() == 2 and u.shape[1] == v.shape[0] == rank
-        if not good or (mu is not None and mu.shape != u.shape[:1]):
-            shapes = ", ".join(str(tuple(t.shape)) for t in (u, v, mu) if t is not None)
-            raise ValueError(
-                f"{site}: lora_B, lora_A{'' if mu is None else ' and the magnitude'} are {shapes}, but the config "
-                f"says rank {rank}; config and tensors do not belong together: copy or save the folder again"
-            )
+def _shared(tensors: Mapping[str, Tensor], config: PeftConfig) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
+    """The tensors of all sites, and the others; copies of the former under the names of layers are dropped."""
+    found = {name: [key for key in tensors if key.split(".")[-1] == name] for name in config.layout.shared}
+    shared = {name: tensors[min(keys, key=len)] for name, keys in found.items() if keys}
+    for name, keys in found.items():
+        if other := [key for key in keys if not torch.equal(tensors[key], shared[name])]:
+            raise ValueError(f"{name} is shared by all layers, but {some(other)} differ; save the folder again")
+    dropped = {key for keys in found.values() for key in keys}
+    return shared, {key: t for key, t in tensors.items() if key not in dropped}
 
 
-def _difference(extra: list[str], missing: list[str]) -> str:
+def _check_shapes(sites: Mapping[str, Parts], config: PeftConfig) -> None:
+    """Raise ValueError where the tensors of a site contradict the config or one another."""
+    layout = config.layout
+    for site, parts in sites.items():
+        shapes = ", ".join(str(tuple(parts[name].shape)) for name in sorted(parts, key=_shown_first))
+        names = ", ".join(name.removesuffix(".weight") for name in sorted(parts, key=_shown_first))
+        facts = {"rank": config.rank_of(site)} | {k: v for k, v in config.options.items() if isinstance(v, int)}
+        told = ", ".join(f"{key} {value}" for key, value in facts.items())
+        wrong = (
+            f"{site}: {names} are {shapes}, but the config says {told}; "
+            "config and tensors do not belong together: copy or save the folder again"
+        )
+        if any(t.dim() != (1 if name in FLAT else 2) for name, t in parts.items()):
+            raise ValueError(wrong)
+        m, n = layout.sizes(parts)
+        if m is None or n is None:
+            continue
+        wanted = layout.shapes(config, site, m, n)
+        if any(tuple(t.shape) != wanted.get(name) for name, t in parts.items()):
+            raise ValueError(wrong)
+
+
+def _shown_first(name: str) -> tuple[bool, str]:
+    return name != U, name
+
+
+def _difference(extra: list[str], missing: list[str], label: str) -> str:
     if not extra and not missing:
-        return "the file holds no LoRA tensor at all; copy or save the folder again"
+        return f"the file holds no {label} tensor at all; copy or save the folder again"
     report = [
         f"{len(names)} {what} ({some(names)})"
         for what, names in (("unknown", extra), ("missing", missing))

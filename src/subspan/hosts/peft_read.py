@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +14,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from subspan import io
-from subspan.adapt import Adapted, Adapter, Add, KeepBase, adapt
+from subspan.adapt import Adapted, Adapter, Add, KeepBase, adapt, remembered
+from subspan.adapt.join import wide_dense
 from subspan.edit import Edit, Make, edit
 from subspan.hosts import folders, quantizer
 from subspan.hosts.peft import PeftFolder, check_fits, layers_of, low_rank, put_peft, read_peft
 from subspan.hosts.peft_config import CONFIG
 from subspan.hosts.peft_keys import PICKLE, PREFIX, peft_tensors, some
+from subspan.hosts.peft_types import TYPES
 from subspan.hosts.peft_write import tidy
 from subspan.linalg import wide
 from subspan.methods import build
-from subspan.ops import Dense, LinOp, LowRank
+from subspan.ops import Dense, LinOp, LowRank, Product
 
+MARKS = tuple(sorted({name.partition("_")[0] + "_" for layout in TYPES.values() for name in layout.names}))
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -50,6 +53,7 @@ class AdapterFolder:
     fits: Callable[[nn.Module], None] = field(repr=False)
     put: Callable[[nn.Module, str], Edit] = field(repr=False)
     make: Callable[[str], Make] = field(repr=False)
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def kinds(self) -> dict[str, tuple[int, int]]:
         """Kind of tensor -> how many there are, and how many numbers they hold."""
@@ -65,7 +69,7 @@ class AdapterFolder:
         if self.form == "subspan":
             return key.partition(".adapters.default.")[2]
         last = key.removesuffix(".weight").rpartition(".")[2]
-        return last if last.startswith("lora_") else "modules_to_save"
+        return last if last.startswith(MARKS) else "modules_to_save"
 
 
 def is_adapter(name: str | Path) -> bool:
@@ -96,27 +100,33 @@ def read_adapter(path: str | Path, *, prefix: str = PREFIX, root: str = "") -> A
 
 
 def _of_peft(saved: PeftFolder) -> AdapterFolder:
-    config = saved.config
-    told = {(config.rank_of(site), tidy(config.alpha_of(site))) for site in saved.sites}
+    config, layout = saved.config, saved.config.layout
+    told = {(config.rank_of(site), config.alpha_of(site)) for site in saved.parts}
+    known = {site: (m, n) for site, (m, n) in saved.shapes.items() if m is not None and n is not None}
+    # Without the base the shapes of some types are unknown, and without shapes neither is what they change.
+    blind = len(known) < len(saved.parts)
     rank, alpha = told.pop()
+    one = replace(config, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+    args = {} if told else layout.args(one, saved.shapes)
     return AdapterFolder(
-        path=saved.path, form="peft", method=config.method, args={} if told else {"rank": rank, "alpha": alpha},
-        tensors=peft_tensors(saved.sites, saved.whole), sites=tuple(saved.sites), whole=saved.whole,
+        path=saved.path, form="peft", method=config.method, args={key: tidy(value) for key, value in args.items()},
+        tensors=peft_tensors(saved.parts, saved.whole, saved.shared), sites=tuple(saved.parts), whole=saved.whole,
         bases=saved.bases,
-        base=config.base, dtype=None, reads_base=config.dora or config.pissa,
+        base=config.base, dtype=None, reads_base=config.dora or config.pissa or blind,
         fits=lambda model: check_fits(model, saved), put=lambda model, name: put_peft(model, saved, name),
-        make=saved.make,
+        make=saved.make, shapes=known,
     )  # fmt: skip
 
 
 def _of_subspan(folder: Path, about: Mapping[str, Any]) -> AdapterFolder:
     try:
-        adapter: Adapter = build(about["method"], "adapter", **about["args"])
+        made: Adapter = build(about["method"], "adapter", **about["args"])
         base, sites = about["base"], tuple(about["sites"])
         source, dtype = str(base["source"]), getattr(torch, base["dtype"])
     except (KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"{folder / io.ABOUT} is damaged ({problem!r}); save the adapter again") from None
     tensors = io.read_tensors(folder / io.WEIGHTS)
+    adapter = remembered(made, tensors)
     inside = tuple(f"{site}.adapters.default." for site in sites)
     if extra := [key for key in tensors if not key.startswith(inside)]:
         raise ValueError(f"{folder} holds {len(extra)} tensors of no site ({some(extra)}); save the adapter again")
@@ -169,27 +179,44 @@ def joined(saved: AdapterFolder, site: str, weight: Tensor) -> Tensor:
 def change(saved: AdapterFolder, site: str, weight: Tensor | None = None) -> LinOp:
     """What the adapter adds to one weight: its factors where it is low-rank, else the dense difference (m, n).
 
-    The weight is not needed unless `reads_base`.
+    The weight is not needed unless `reads_base`. Raises ValueError where it is and is missing.
     """
-    if saved.reads_base:
+    if saved.reads_base and weight is None:
+        raise ValueError(f"{saved.path}: what {saved.method} changes depends on the base weight; give the base")
+    adapted = _on(saved, site, torch.zeros(_shape(saved, site)) if weight is None else weight)
+    slot = adapted.slot("default")
+    if type(slot.join) is not Add or adapted.origin is not adapted.base:
         if weight is None:
-            raise ValueError(
-                f"{saved.path}: what {saved.method} changes depends on the base weight; give the base"
-            )
-        return Dense(joined(saved, site, weight) - wide(weight))
-    slot = _on(saved, site, torch.zeros(_shape(saved, site))).slot("default")
-    low = low_rank(slot.op)
-    if low is None or not isinstance(slot.join, Add):
-        raise ValueError(f"{saved.path}: {site} is no sum with a low-rank matrix")
+            raise ValueError(f"{saved.path}: {site} is no sum with a matrix of its own; give the base")
+        return Dense(adapted.folded(adapted.active).weight - wide(weight))
+    low = low_rank(slot.op) or thin(slot.op)
+    if low is None:
+        return Dense(slot.join.scale * wide_dense(slot.op).detach())
     return LowRank(slot.join.scale * low.u.detach(), low.v.detach())
 
 
+def thin(op: LinOp) -> LowRank | None:
+    """A product that narrows somewhere as two factors, None for other ops.
+
+    >>> thin(Product([Dense(torch.ones(3, 1)), Dense(torch.ones(1, 2))])).shape
+    (3, 2)
+    """
+    if not isinstance(op, Product) or len(op.ops) < 2:
+        return None
+    widths = [one.shape[1] for one in op.ops[:-1]]
+    at = widths.index(min(widths)) + 1
+    if widths[at - 1] >= min(op.shape):
+        return None
+    if not min(widths):  # AdaLoRA may leave nothing, but no LoRA has a rank of 0
+        return LowRank(torch.zeros(op.shape[0], 1), torch.zeros(1, op.shape[1]))
+    left, right = (wide_dense(Product(list(ops))).detach() for ops in (op.ops[:at], op.ops[at:]))
+    return LowRank(left, right)
+
+
 def _shape(saved: AdapterFolder, site: str) -> tuple[int, int]:
-    names = {
-        "peft": (f"{PREFIX}{site}.lora_B.weight", f"{PREFIX}{site}.lora_A.weight"),
-        "subspan": (f"{site}.adapters.default.op.u", f"{site}.adapters.default.op.v"),
-    }
-    u, v = (saved.tensors[name] for name in names[saved.form])
+    if saved.form == "peft":
+        return saved.shapes[site]
+    u, v = (saved.tensors[f"{site}.adapters.default.op.{name}"] for name in "uv")
     return u.shape[0], v.shape[1]
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from subspan import io
 from subspan.hosts.peft_config import CONFIG, PeftConfig
 from subspan.hosts.peft_keys import TENSORS, Triple, peft_tensors
+from subspan.hosts.peft_parts import Written
+from subspan.hosts.peft_types import Layout
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,45 @@ def write_peft(
         "use_dora": any(f.mu is not None for f in factors.values()),
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    sites = {site: _triple(factor, dtype) for site, factor in factors.items()}
+    sites = {site: _triple(factor, dtype).parts() for site, factor in factors.items()}
     io.write_tensors(folder / TENSORS, peft_tensors(sites, kept))
+
+
+def write_parts(
+    folder: Path,
+    layout: Layout,
+    kind: str,
+    written: Written,
+    *,
+    names: Collection[str] | None,
+    whole: Mapping[str, Tensor],
+    base: str | None,
+    dtype: torch.dtype | None,
+    model: type | None,
+) -> None:
+    """Write the two files of an adapter of a type other than LORA; arguments as of `write_peft`."""
+    folder.mkdir(exist_ok=True)
+    kept, shared = ({k: _to(t, dtype) for k, t in some.items()} for some in (whole, written.shared))
+    modules = sorted({key.rpartition(".")[0] for key in kept})
+    ranks = written.ranks
+    alphas = {site: tidy(scale * ranks[site]) for site, scale in written.scales.items()}
+    config: dict[str, Any] = {
+        "peft_type": kind, "task_type": _task(model), "auto_mapping": _auto(model),
+        "base_model_name_or_path": base, "revision": None, "inference_mode": True,
+        "target_modules": list(ranks) if names is None else targets(ranks, names),
+        "modules_to_save": modules or None,
+    }  # fmt: skip
+    for key, pattern, values in ((layout.rank, "rank_pattern", ranks), (layout.alpha, "alpha_pattern", alphas)):
+        if key:
+            usual = Counter(values.values()).most_common(1)[0][0]
+            config |= {key: usual} | ({pattern: _named(values, usual, ranks)} if layout.patterns else {})
+    (folder / CONFIG).write_text(json.dumps(config | dict(written.fields), indent=1) + "\n", encoding="utf-8")
+    parts = {site: {k: _to(t, dtype) for k, t in own.items()} for site, own in written.parts.items()}
+    io.write_tensors(folder / TENSORS, peft_tensors(parts, kept, shared))
+
+
+def _to(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return t.contiguous() if dtype is None or not t.is_floating_point() else t.to(dtype).contiguous()
 
 
 def targets(sites: Iterable[str], names: Collection[str]) -> list[str] | str:

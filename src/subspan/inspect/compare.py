@@ -218,7 +218,7 @@ def _inside(model: nn.Module) -> dict[str, tuple[Matrix, bool]]:
             continue
         if isinstance(module, OpLayer | Adapted):
             outer.append(name)
-            weight = module.op.dense if isinstance(module, OpLayer) else partial(getattr, module, "weight")
+            weight = module.op.dense if isinstance(module, OpLayer) else partial(getattr, module, "matrix")
             found[name] = weight, isinstance(module, OpLinear | Adapted)
         else:
             for own, part in site.sites_of(name, module).items():

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import math
+
 from subspan.adapt import (
     Adapter,
     Add,
     ColumnsOf,
     FromWeight,
+    GradientSpan,
+    GradientStep,
     Nothing,
     RandomBases,
     RandomBasis,
     Rescale,
     Rotate,
+    SignStep,
     SparseEntries,
     SubtractInit,
     TopCore,
+    TopInputs,
     ZeroHadamard,
     ZeroKron,
     ZeroLowRank,
+    ZeroTriples,
     per_rank,
 )
 from subspan.adapt.starts import Pick
 from subspan.methods.registry import method
 from subspan.ops.structured import Law
+from subspan.optim import Adam, Equivalent, Paired, Preconditioned, Recipe, Stepped
 
 
 @method(
@@ -41,6 +49,47 @@ def lora(*, rank: int = 8, alpha: float = 8.0) -> Adapter:
 def rslora(*, rank: int = 8, alpha: float = 8.0) -> Adapter:
     """Low-rank change whose first step has the same size at every rank."""
     return Adapter(ZeroLowRank(rank), Add(per_rank(alpha, rank, 0.5)))
+
+
+@method(
+    kind="adapter",
+    paper="arXiv:2402.12354",
+    reference="nikhil-ghosh-berkeley/loraplus",
+    status="limits",
+    deviates="the ratio is 16, which the authors' program leaves open; embeddings have no rate of their own",
+)
+def lora_plus(*, rank: int = 8, alpha: float = 8.0, ratio: float = 16.0) -> Stepped:
+    """LoRA whose zero factor learns `ratio` times as fast as the other."""
+    return Stepped(ZeroLowRank(rank), Add(per_rank(alpha, rank)), ratio=ratio)
+
+
+@method(
+    kind="adapter",
+    paper="arXiv:2407.18242",
+    reference="mrflogs/LoRA-Pro",
+    status="limits",
+    deviates="Adam's moments are of the factors' new gradients, so state is as LoRA's; the authors' program keeps "
+    "them for the whole weight, and splits that Adam's step",
+)
+def lora_pro(*, rank: int = 8, alpha: float = 16.0, damping: float = 1e-8) -> Stepped:
+    """LoRA whose factors together follow the weight's gradient as nearly as they can."""
+    scale = per_rank(alpha, rank)
+    return Stepped(ZeroLowRank(rank), Add(scale), rule=Recipe(Adam(), Paired(Equivalent(scale, damping))))
+
+
+@method(
+    kind="adapter",
+    paper="arXiv:2402.02347",
+    reference="pilancilab/Riemannian_Preconditioned_LoRA",
+    status="limits",
+    deviates="both Gram matrices are from before the step, where the program's AdamW has moved the first factor; "
+    "Adam corrects its bias and has eps 1e-8, the program's does not and has 1e-6",
+)
+def riemannian_lora(*, rank: int = 8, alpha: float = 8.0, damping: float = 1e-6) -> Stepped:
+    """LoRA with each factor's gradient divided by the other's Gram matrix: no pair for a product is favoured."""
+    return Stepped(
+        ZeroLowRank(rank), Add(per_rank(alpha, rank)), rule=Recipe(Adam(), Paired(Preconditioned(damping)))
+    )
 
 
 @method(kind="adapter", paper="arXiv:2402.09353", reference="huggingface/peft", status="limits")
@@ -160,3 +209,70 @@ def shira(*, rank: int = 32, pick: Pick = "random", seed: int = 0) -> Adapter:
 def paca(*, rank: int = 8, alpha: float = 8.0, pick: Pick = "random", seed: int = 0) -> Adapter:
     """Train whole columns of the weight; only their inputs are kept for the backward pass."""
     return Adapter(ColumnsOf(rank, pick, seed), Add(per_rank(alpha, rank)))
+
+
+@method(
+    kind="adapter",
+    paper="arXiv:2410.07170",
+    reference="ml-jku/EVA",
+    status="limits",
+    deviates="the principal components of all batches at once, where the authors update them batch by batch and "
+    "stop early; every token that reaches a layer counts, padding too; the scale stays alpha / rank at every rank",
+)
+def eva(*, rank: int = 8, alpha: float = 8.0, rho: float = 2.0) -> Adapter:
+    """Starts at the principal directions of the inputs; layers share out the ranks by explained variance."""
+    return Adapter(TopInputs(rank, rho, solver="random"), Add(per_rank(alpha, rank)))
+
+
+@method(
+    kind="adapter",
+    paper="arXiv:2407.05000",
+    reference="Outsider565/LoRA-GA",
+    status="limits",
+    deviates="a frozen double of the start is taken out of the change, not out of the base weight: the same "
+    "function; no clipping of the start",
+)
+def lora_ga(*, rank: int = 8, alpha: float = 16.0, gamma: float = 16.0) -> Adapter:
+    """Starts where its first step is the best low-rank form of a full fine-tuning step; needs gradients."""
+    return Adapter(GradientSpan(rank, gamma, solver="random"), Add(per_rank(alpha, rank, 0.5)))
+
+
+@method(
+    kind="adapter",
+    paper="arXiv:2502.01235",
+    reference="YuanheZ/LoRA-One",
+    status="limits",
+    deviates="trained by plain Adam, without the preconditioner of the paper's theory; as in the authors' code "
+    "the factors share the square root of singular values divided by the largest",
+)
+def lora_one(*, rank: int = 8, alpha: float = 16.0, gamma: float = 128.0) -> Adapter:
+    """Starts one low-rank step of gradient descent away from the base; needs gradients."""
+    return Adapter(GradientStep(rank, gamma, solver="random"), Add(per_rank(alpha, rank, 0.5)))
+
+
+@method(
+    kind="adapter",
+    paper="arXiv:2411.19557",
+    reference="RaghavSinghal10/lora-sb",
+    status="limits",
+    deviates="the first step's size is an argument, where the authors take the first learning rate of the warm-up",
+)
+def lora_sb(*, rank: int = 96, rate: float = 1e-5, keep_output: bool = False) -> Adapter:
+    """Train a small core in the frozen frame of the first step of full fine-tuning; needs gradients."""
+    return Adapter(SignStep(rank, rate, keep_output=keep_output, solver="random"), Add())
+
+
+@method(
+    kind="adapter",
+    paper="arXiv:2303.10512",
+    reference="huggingface/peft",
+    status="limits",
+    deviates="the scale is alpha / (start * rank), without 1e-5 in the divisor; the last choice falls on step "
+    "steps - final exactly, as in peft; equal scores are told apart by position; budgets are exact where peft "
+    "cuts off a float",
+)
+def adalora(*, rank: int = 8, start: float = 1.5, alpha: float = 16.0) -> Adapter:
+    """Triples u e v that start at start * rank a site and end at rank on average, most where they matter."""
+    first = math.ceil(start * rank)
+    scale = per_rank(alpha, first)
+    return Adapter(ZeroTriples(first, rank), Add(scale))

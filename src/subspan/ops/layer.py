@@ -87,7 +87,11 @@ _CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Where a convolution looks: its matrix multiplies the patches of the input, all channels of each."""
+    """Where a convolution looks: its matrix multiplies the patches of the input, all channels of each.
+
+    In groups, the matrix is (m, channels / groups * kernel): each part of its rows multiplies the patches of its
+    own part of the channels.
+    """
 
     channels: int
     kernel: tuple[int, ...]
@@ -95,13 +99,15 @@ class Window:
     padding: str | tuple[int, ...]
     dilation: tuple[int, ...]
     mode: str
+    groups: int = 1
 
     @staticmethod
     def of(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Window:
         """The window of an ordinary convolution."""
         return Window(
-            conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode
-        )
+            conv.in_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode,
+            conv.groups,
+        )  # fmt: skip
 
     @property
     def sides(self) -> list[int]:
@@ -116,19 +122,34 @@ class Window:
         return F.pad(x, self.sides, mode="constant" if self.mode == "zeros" else self.mode)
 
     def rows(self, x: Tensor) -> Tensor:
-        """Every patch of x (batch, channels, ...) as a row: (patches, channels * kernel)."""
+        """Every patch of x (batch, channels, ...) as a row: (patches, channels * kernel), whatever the groups."""
         x, axes = self.padded(x if x.ndim == len(self.kernel) + 2 else x[None]), len(self.kernel)
         for axis, (k, step, d) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
             x = x.unfold(2 + axis, d * (k - 1) + 1, step)[..., ::d]
         return x.movedim(1, 1 + axes).reshape(-1, self.channels * math.prod(self.kernel))
 
+    def kernels(self, w: Tensor) -> Tensor:
+        """A matrix (m, channels / groups * kernel) as a convolution keeps it."""
+        return w.reshape(w.shape[0], self.channels // self.groups, *self.kernel)
+
     def convolve(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The convolution with the matrix w (m, channels * kernel)."""
-        kernel = w.reshape(w.shape[0], self.channels, *self.kernel)
+        """The convolution with the matrix w (m, channels / groups * kernel)."""
+        kernel = self.kernels(w)
         inside: str | tuple[int, ...] = self.padding
         if self.mode != "zeros":
             x, inside = self.padded(x), (0,) * len(self.kernel)
-        return _CONVOLVE[len(self.kernel)](x, kernel, bias, self.stride, inside, self.dilation)
+        return _CONVOLVE[len(self.kernel)](x, kernel, bias, self.stride, inside, self.dilation, self.groups)
+
+    def through(self, x: Tensor, op: LinOp, bias: Tensor | None = None) -> Tensor:
+        """The convolution with an op for its matrix: if low-rank, a narrow one and then a 1 x 1.
+
+        In groups, each has its own narrow one with the same v, and its own rows of u.
+        """
+        if not isinstance(op, LowRank):
+            return self.convolve(x, op.dense(), bias)
+        inner = self.convolve(x, op.v if self.groups == 1 else op.v.repeat(self.groups, 1))
+        axes = len(self.kernel)
+        return _CONVOLVE[axes](inner, op.u.reshape(*op.u.shape, *(1,) * axes), bias, groups=self.groups)
 
 
 class OpConv(OpLayer):
@@ -140,23 +161,19 @@ class OpConv(OpLayer):
         self.out_channels, self.in_channels = op.shape[0], window.channels
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(self.op, LowRank):
-            return self.window.convolve(x, self.op.dense(), self.bias)
-        inner = self.window.convolve(x, self.op.v)
-        axes = len(self.window.kernel)
-        return _CONVOLVE[axes](inner, self.op.u.reshape(*self.op.u.shape, *(1,) * axes), self.bias)
+        return self.window.through(x, self.op, self.bias)
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight (out, channels, *kernel), materialised on each access."""
-        return self.op.dense().reshape(self.out_channels, self.in_channels, *self.window.kernel)
+        """The dense weight (out, channels / groups, *kernel), materialised on each access."""
+        return self.window.kernels(self.op.dense())
 
     def plain(self, weight: Tensor) -> nn.Module:
         """The ordinary convolution."""
         w = self.window
         kind: Any = _CONVOLUTION[len(w.kernel)]
         made = kind(
-            w.channels, self.out_channels, w.kernel, w.stride, w.padding, w.dilation,
+            w.channels, self.out_channels, w.kernel, w.stride, w.padding, w.dilation, w.groups,
             bias=self.bias is not None, padding_mode=w.mode, device="meta",
         )  # fmt: skip
         return filled(made, weight.reshape(made.weight.shape), self.bias)

@@ -19,6 +19,12 @@ from subspan.optim.orthogonal import Polar as Polar
 from subspan.optim.orthogonal import PolarSolver as PolarSolver
 from subspan.optim.orthogonal import ShapeScale as ShapeScale
 from subspan.optim.orthogonal import UnitRows as UnitRows
+from subspan.optim.pairs import Equivalent as Equivalent
+from subspan.optim.pairs import Paired as Paired
+from subspan.optim.pairs import PairLaw as PairLaw
+from subspan.optim.pairs import Preconditioned as Preconditioned
+from subspan.optim.pairs import Stepped as Stepped
+from subspan.optim.pairs import hasten as hasten
 from subspan.optim.power import Power as Power
 from subspan.optim.projected import Projected as Projected
 from subspan.optim.projected import Side as Side

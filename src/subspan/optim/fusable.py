@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from subspan.optim.optimizer import Optim
 from subspan.optim.projected import Projected
 from subspan.optim.rule import Rule
+from subspan.optim.source import Backprop
 
 NormKind = Literal["exact", "projected", "none"]
 
@@ -66,6 +67,11 @@ def slots_of(opt: Optim) -> list[Slot]:
         raise ValueError(
             f"FusedBackward: {opt.recipe.source!r} has no backward pass to hook into, and makes its gradients one "
             "at a time anyway; use opt.step(closure)"
+        )
+    if not isinstance(opt.recipe.source, Backprop):
+        raise ValueError(
+            f"FusedBackward: {opt.recipe.source!r} changes gradients after backward(), such as both of a pair at "
+            "once, and a hook sees them one by one, before that; use opt.step()"
         )
     found = []
     for i, group in enumerate(opt.param_groups):

@@ -270,6 +270,8 @@ class Optim(torch.optim.Optimizer):
         index, saved_groups = by_name(state_dict)
         roles = {name: group["role"] for name, group in saved_groups.items()}
         compare({name: group["role"] for name, _, group in self._members()}, roles)
+        for group in self.param_groups:
+            require_one_rate(group["param_names"], saved_groups)
         state = {}
         for name, p, group in self._members():
             if saved := state_dict["state"].get(index[name]):
@@ -378,3 +380,15 @@ def named_errors(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def require_one_rate(names: list[str], saved: dict[str, dict[str, Any]]) -> None:
+    """Raise ValueError for a group some of whose members were saved with another learning rate than the others."""
+    rates = {name: float(saved[name]["lr"]) for name in names}
+    first = names[0]
+    other = next((name for name in names if rates[name] != rates[first]), None)
+    if other is not None:
+        raise ValueError(
+            f"{first} was saved with learning rate {rates[first]:g} and {other} with {rates[other]:g}, and here "
+            "they are in one group; split the groups as when it was saved (`hasten` does so for lora_plus)"
+        )

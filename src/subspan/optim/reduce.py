@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from subspan.optim.optimizer import Optim
 from subspan.optim.projected import Projected
+from subspan.optim.source import Backprop
 from subspan.optim.state import Scope
 
 
@@ -44,12 +45,18 @@ def reduce_projected(model: DistributedDataParallel, opt: Optim) -> Traffic:
     so the steps are those of whole gradients, up to rounding. p.grad becomes q q^T mean_k(g_k), whose coordinates
     are the same; it is shorter, which a limit on gradient norms will see. Whole gradients are averaged for
     parameters without a subspace, at a refresh, for residuals that look outside, and for frames that are not
-    orthonormal. Call it once, before the first step; raises TypeError for a model that is not DDP's.
+    orthonormal. Call it once, before the first step; raises TypeError for a model that is not DDP's, and
+    ValueError for a source that changes gradients after backward().
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(
             f"reduce_projected works on DistributedDataParallel(model), not {type(model).__name__}; wrap the "
             "model. With FSDP the optimizer keeps gradients cut, and needs no hook"
+        )
+    if not isinstance(opt.recipe.source, Backprop):
+        raise ValueError(
+            f"reduce_projected: {opt.recipe.source!r} changes whole gradients, which would be projected before "
+            "that; leave the reduction to DistributedDataParallel"
         )
     exchange = Exchange(opt, model.process_group, Traffic())
     model.register_comm_hook(exchange, lambda state, bucket: averaged(state, bucket))  # torch reads annotations
