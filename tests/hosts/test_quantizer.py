@@ -16,10 +16,11 @@ from transformers import (
 )
 
 from subspan.adapt import adapt
-from subspan.budget import Ratio
+from subspan.budget import Err, Ratio
 from subspan.compress import compress, study
 from subspan.edit import edit
-from subspan.hosts import quantizer, transformers
+from subspan.hosts import jobs, quantizer, transformers
+from subspan.hosts.export import export_dense
 from subspan.hosts.folders import open_model, save_model
 from subspan.hosts.transformers import LoadedModel
 from subspan.io import ABOUT, WEIGHTS
@@ -140,6 +141,22 @@ def test_dequantize_makes_plain_layers_of_it(saved, tmp_path):
     assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert torch.equal(logits(plain), logits(loaded))
+
+
+@pytest.mark.parametrize("method", ["lord", "afm"])
+def test_a_bias_that_the_fit_adds_to_a_model_without_one_is_loaded_too(method, tmp_path, words):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "attention_bias": False})).eval()
+    jobs.do_method(model, method, jobs.encode(Err(0.6)), batches=IDS[None])
+    found = quantizer.layers(model)
+    assert found and all(layer.bias.any() for layer in found.values())
+    save_model(tmp_path / "small", LoadedModel(model, words, "tiny"))
+    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path / "small"), open_model(tmp_path / "small").model):
+        assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match="bias"):  # a plain Llama has nowhere to put it
+        export_dense(open_model(tmp_path / "small"), tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
 
 
 def test_tied_weights_are_stored_once_and_tied_again(tmp_path, words):

@@ -7,6 +7,9 @@ moment the newest numbered folder is complete, and it is what `load` reads.
 `torch.distributed.checkpoint` works too, with get_optimizer_state_dict and set_optimizer_state_dict, and is the
 way for weights cut over processes. It leaves out parameters that sleep: `RandomLayers` goes through this module,
 or through torch.save of `Optim.state_dict()`.
+
+Under `torchrun --max-restarts`, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: torch 2.13 else hands the addresses of
+the dead workers to those that it starts again, which then cannot connect.
 """
 
 from __future__ import annotations
