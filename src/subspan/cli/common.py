@@ -157,6 +157,8 @@ def interrupted(out: Path | None) -> str:
     >>> interrupted(Path("runs/a"))
     'interrupted; nothing was written to runs/a'
     """
+    if out is not None and any(out.with_name(f"{out.name}.partial").glob("saved-*")):
+        return f"interrupted; a checkpoint lies in {out}.partial: the same command with --resume goes on from it"
     if out is not None and out.with_name(f"{out.name}.partial").is_dir():
         return f"interrupted; what is finished lies in {out}.partial: the same command goes on from there"
     return "interrupted" if out is None else f"interrupted; nothing was written to {out}"

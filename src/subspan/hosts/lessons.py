@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,12 @@ from subspan.compress import Calibration
 from subspan.distill import Distill
 from subspan.edit import edit, sharers, sites
 from subspan.heal import Factors, Named, only
-from subspan.hosts import text
+from subspan.hosts import samples, text
+from subspan.hosts.folders import added
 from subspan.hosts.jobs import Json, fold, forward, loss, place
-from subspan.hosts.training import History, Loss, draw, train
+from subspan.hosts.keep import Keeper, Keeping
+from subspan.hosts.samples import Rows, inputs
+from subspan.hosts.training import History, Loss, draw, next_token, train
 from subspan.hosts.transformers import LoadedModel
 from subspan.methods import build, find
 from subspan.ops import OpLayer, OpLinear
@@ -155,10 +158,21 @@ def prepared(
     return made, [name for name in names if name not in idle]
 
 
-def glance(data: Split, batch: int, *, seed: int = 0, device: torch.device | None = None) -> Calibration:
-    """What adapters that start from data look at: the batches that training with the same seed begins with."""
+def glance(data: Split | Rows, batch: int, *, seed: int = 0, device: torch.device | None = None) -> Calibration:
+    """What adapters that start from data look at: the batches that training with the same seed begins with.
+
+    Samples come one by one, so that what fills up a batch is not looked at.
+    """
+    if isinstance(data, Rows):
+        found = samples.draw(data.train, batch=1, steps=LOOK * batch, seed=seed)
+        return Calibration([one.to(device) for one in found], forward_sample, next_token)
     drawn = draw(data.train, length=data.validation.shape[1], batch=batch, steps=LOOK, seed=seed)
     return Calibration([ids.to(device) for ids in drawn], forward, loss)
+
+
+def forward_sample(model: nn.Module, batch: samples.Padded) -> object:
+    """Run a language model on samples without filling a cache."""
+    return model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
 
 
 def adaptable(model: nn.Module, select: Select | None = None) -> list[str]:
@@ -204,10 +218,10 @@ def taught(distill: Distill, teacher: nn.Module | None, method: str) -> Loss:
         )
     master = teacher.requires_grad_(False).eval()
 
-    def answer(model: nn.Module, ids: Tensor) -> Any:
-        return model(input_ids=ids, labels=ids, use_cache=False)
+    def answer(model: nn.Module, batch: samples.Batch) -> Any:
+        return model(**inputs(batch), use_cache=False)
 
-    return lambda model, ids: distill.loss(model, master, ids, answer)
+    return lambda model, batch: distill.loss(model, master, batch, answer)
 
 
 def teacher_for(method: str, model: str, asked: str | None) -> str | None:
@@ -268,25 +282,49 @@ def full_args(method: str, **given: Any) -> Json:
 def fit(
     model: nn.Module,
     learns: Learning,
-    data: Split,
+    data: Split | Rows,
     *,
     steps: int,
     batch: int,
     lr: float,
     seed: int = 0,
     label: str = "training",
+    every: int = 100,
+    keeping: Keeping | None = None,
 ) -> History:
-    """Train what `learns` names on random windows, as long as those of validation; raises what `train` raises."""
+    """Train what `learns` names on random windows, as long as those of validation, or on samples.
+
+    Validates each `every` steps. Under a rank schedule only states whose ranks are final can be the best, or end
+    the run. Raises what `train` raises.
+    """
     optimizer = hasten(Optim(learns.named, learns.rule, lr=lr, seed=seed), learns.ratio)
     schedule = None if learns.ranks is None else RankSchedule(model, learns.ranks).attach(optimizer)
-    batches = draw(data.train, length=data.validation.shape[1], batch=batch, steps=steps, seed=seed)
+    keeper = None if keeping is None else keeper_for(model, learns, optimizer, schedule, keeping)
     history = train(
-        model, batches, optimizer, steps=steps, validation=data.validation, label=label, progress=True,
-        loss=learns.loss,
+        model, batches_of(data, batch=batch, steps=steps, seed=seed), optimizer, steps=steps,
+        validation=data.validation, every=every, label=label, progress=True, loss=learns.loss, keeper=keeper,
     )  # fmt: skip
     if schedule is not None:
         schedule.finish()
     return history
+
+
+def batches_of(data: Split | Rows, *, batch: int, steps: int, seed: int) -> Iterator[samples.Batch]:
+    """The batches of a run, the same for the same seed."""
+    if isinstance(data, Rows):
+        return samples.draw(data.train, batch=batch, steps=steps, seed=seed)
+    return draw(data.train, length=data.validation.shape[1], batch=batch, steps=steps, seed=seed)
+
+
+def keeper_for(
+    model: nn.Module, learns: Learning, optimizer: Optim, schedule: RankSchedule | None, keeping: Keeping
+) -> Keeper:
+    """What keeps the trained tensors; its checkpoints hold the adapters' fixed ones and the ranks' state too."""
+    trained = dict(learns.named)
+    fixed = {name: t for name, t in added(model).items() if name not in trained}
+    moving = {} if schedule is None else {f"ranks/{key}": t for key, t in schedule.state_dict().items()}
+    since = 1 if schedule is None else schedule.rule.settled
+    return Keeper(trained, optimizer, keeping, more=fixed | moving, since=since)
 
 
 class Split(NamedTuple):
@@ -351,5 +389,6 @@ def summary(history: History, learns: Learning) -> Json:
         "validation_before": history.validation[0][1],
         "validation_after": history.final,
         "perplexity": math.exp(history.final),
+        **({} if history.best is None else {"kept_step": history.best[0]}),
         **({"ranks": ends} if learns.ranks is not None else {}),
     }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,28 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from subspan.hosts.keep import History as History
+from subspan.hosts.keep import Keeper
 from subspan.hosts.meter import Meter
+from subspan.hosts.samples import Batch, Sample, inputs, mean_nll
 from subspan.hosts.score import nll
 from subspan.optim import Optim
 
 # A scalar tensor; Any, as torch does not type `backward`.
-Loss = Callable[[nn.Module, Tensor], Any]
-
-
-@dataclass
-class History:
-    """What a run did: (step, loss) in nats per token, tokens per second, peak memory and state in bytes."""
-
-    train: list[tuple[int, float]] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    tokens_per_second: float = 0.0
-    peak_rss: int = 0
-    state_bytes: int = 0
-
-    @property
-    def final(self) -> float:
-        """The last validation loss."""
-        return self.validation[-1][1]
+Loss = Callable[[nn.Module, Any], Any]
 
 
 def draw(ids: Tensor, *, length: int, batch: int, steps: int, seed: int = 0) -> Iterator[Tensor]:
@@ -60,11 +47,11 @@ def cosine(step: int, steps: int, *, warmup: int, floor: float = 0.1) -> float:
 
 def train(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     optimizer: torch.optim.Optimizer,
     *,
     steps: int,
-    validation: Tensor | None = None,
+    validation: Tensor | Sequence[Sample] | None = None,
     every: int = 100,
     warmup: int | None = None,
     clip: float | None = 1.0,
@@ -72,37 +59,36 @@ def train(
     progress: bool = False,
     after: Callable[[int], None] | None = None,
     loss: Loss | None = None,
+    keeper: Keeper | None = None,
 ) -> History:
-    """Step through the batches (batch, length) of token ids and return what happened.
+    """Step through the batches, windows of token ids (batch, length) or samples, and return what happened.
 
-    It learns from `loss(model, ids)`, by default the model's own next-token loss.
+    It learns from `loss(model, batch)`, by default the model's own next-token loss.
 
-    Validation is the mean next-token loss on `validation` (count, length), before the first step, each `every`
-    steps and at the end; `after(step)` is called after every step. Raises FloatingPointError when the loss is
-    not finite, and RuntimeError when a parameter that wants gradients has not moved after the first step with
-    a learning rate.
+    Validation is `measured` on `validation`, before the first step, each `every` steps and at the end;
+    `after(step)` is called after every step. A `keeper` may stop the run early, puts the best state back at the
+    end, writes checkpoints, and goes on from one: the batches already seen are skipped. Raises FloatingPointError
+    when the loss is not finite, and RuntimeError when a parameter that wants gradients has not moved after the
+    first step with a learning rate.
     """
     history = History()
     warmup = max(1, steps // 10) if warmup is None else warmup
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: cosine(t, steps, warmup=warmup))
-    watch = still(optimizer)
+    made = schedule.last_epoch = 0 if keeper is None else keeper.resume(history)
+    watch = [] if made else still(optimizer)
     model.train()
-    tokens, seconds = 0, 0.0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), disable=not progress)
-    with bar:
-        task = bar.add_task(label, total=steps, loss="")
-        for step, ids in enumerate(batches, 1):
+    tokens, seconds, stopped = 0, 0.0, False
+    with shown(progress) as bar:
+        task = bar.add_task(label, total=steps, completed=made, loss="")
+        for step, batch in islice(enumerate(batches, 1), made, None):
             if validation is not None and (step - 1) % every == 0:
-                history.validation.append((step - 1, nll(model, validation, batch=8).mean().item()))
+                history.validation.append((step - 1, measured(model, validation)))
+                stopped = keeper is not None and keeper.judge(*history.validation[-1])
+            if stopped:
+                break
             with Meter() as meter:
-                found = advance(model, ids, optimizer, clip, loss or next_token)
-            tokens, seconds = tokens + ids.numel(), seconds + meter.seconds
+                found = advance(model, batch, optimizer, clip, loss or next_token)
+            tokens, seconds = tokens + batch.numel(), seconds + meter.seconds
             history.peak_rss = max(history.peak_rss, meter.peak)
             history.train.append((step, found))
             if not math.isfinite(found):
@@ -112,33 +98,57 @@ def train(
                 moved(watch, label)
             if after is not None:
                 after(step)
+            if keeper is not None:
+                keeper.after(step, history)
             bar.update(task, advance=1, loss=f"loss {found:.3f}")
-    if validation is not None:
-        history.validation.append((steps, nll(model, validation, batch=8).mean().item()))
+    if validation is not None and not stopped:
+        history.validation.append((steps, measured(model, validation)))
+        if keeper is not None:
+            keeper.judge(*history.validation[-1], last=True)
     history.tokens_per_second = tokens / seconds if seconds else 0.0
     history.state_bytes = state_bytes(optimizer)
+    if keeper is not None:
+        keeper.close(history)
     model.eval()
     return history
 
 
-def next_token(model: nn.Module, ids: Tensor) -> Tensor:
-    """The mean next-token loss in nats that a language model gives itself on ids (batch, length)."""
-    found: Tensor = model(input_ids=ids, labels=ids).loss
+def measured(model: nn.Module, validation: Tensor | Sequence[Sample]) -> float:
+    """The mean next-token loss on windows (count, length), or on what samples have to learn."""
+    if isinstance(validation, Tensor):
+        return nll(model, validation, batch=8).mean().item()
+    return mean_nll(model, validation)
+
+
+def shown(progress: bool) -> Progress:
+    """A bar with the loss on stderr, or nothing."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=not progress)
+
+
+def next_token(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean next-token loss in nats that a language model gives itself on a batch of windows or samples."""
+    found: Tensor = model(**inputs(batch)).loss
     return found
 
 
 def advance(
     model: nn.Module,
-    ids: Tensor,
+    batch: Batch,
     optimizer: torch.optim.Optimizer,
     clip: float | None,
     loss: Loss = next_token,
 ) -> float:
     """One step on one batch; returns its loss, and takes no step when that is not finite."""
-    ids = ids.to(next(model.parameters()).device)
+    batch = batch.to(next(model.parameters()).device)
     if isinstance(optimizer, Optim) and not optimizer.recipe.source.backward:
-        return float(optimizer.step(lambda: loss(model, ids)))
-    found = loss(model, ids)
+        return float(optimizer.step(lambda: loss(model, batch)))
+    found = loss(model, batch)
     value: float = found.item()
     if not math.isfinite(value):
         return value

@@ -1,0 +1,185 @@
+"""What a training run keeps: its history, its best state so far, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspan.optim import Optim, checkpoint
+
+BEST = "best/"
+
+
+@dataclass
+class History:
+    """What a run did: (step, loss) in nats per token, tokens per second, peak memory and state in bytes.
+
+    `best` is the step and validation loss of the state that was kept, where not simply the last one was.
+    """
+
+    train: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    tokens_per_second: float = 0.0
+    peak_rss: int = 0
+    state_bytes: int = 0
+    best: tuple[int, float] | None = None
+
+    @property
+    def final(self) -> float:
+        """The validation loss of the state that was kept: the best, or the last."""
+        return self.validation[-1][1] if self.best is None else self.best[1]
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What to keep of a run; nothing is stopped and nothing is written by default.
+
+    `best` keeps the state of the lowest validation loss after the first step, not the last. `patience` stops the
+    run after so many validations in a row that are no better. Each `every` steps a checkpoint goes into `folder`;
+    `facts` say what the run is, and one with other facts is not continued. `resume` goes on from what is there.
+    Raises ValueError for a patience or an interval below 1, and for checkpoints without a folder.
+    """
+
+    best: bool = True
+    patience: int | None = None
+    folder: Path | None = None
+    every: int | None = None
+    resume: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(given is not None and given < 1 for given in (self.patience, self.every)):
+            raise ValueError(f"patience {self.patience} and every {self.every} must be at least 1, or None")
+        if self.folder is None and (self.every is not None or self.resume):
+            raise ValueError("checkpoints need a folder; name one")
+
+
+class Keeper:
+    """Keeps the best state of some tensors, which the optimizer trains, and writes checkpoints of the run.
+
+    `more` are other tensors that change, such as the state of a rank schedule: checkpoints hold them too.
+    Validations before the step `since` are not candidates for the best.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        optimizer: Optim,
+        keeping: Keeping,
+        *,
+        more: Mapping[str, Tensor] | None = None,
+        since: int = 1,
+    ) -> None:
+        self.tensors, self.optimizer, self.keeping = dict(tensors), optimizer, keeping
+        self.more, self.since = dict(more or {}), since
+        self.best: tuple[int, float] | None = None
+        self.worse = 0
+        self.held: dict[str, Tensor] = {}
+
+    def judge(self, step: int, loss: float, *, last: bool = False) -> bool:
+        """Take note of a validation; returns whether the run should stop. No copy is made of the last state."""
+        if step < self.since:
+            return False
+        if self.best is None or loss < self.best[1]:
+            self.best, self.worse = (step, loss), 0
+            wanted = self.tensors if self.keeping.best and not last else {}
+            self.held = {name: t.detach().to("cpu", copy=True) for name, t in wanted.items()}
+            return False
+        self.worse += 1
+        return self.keeping.patience is not None and self.worse >= self.keeping.patience
+
+    @torch.no_grad()
+    def close(self, history: History) -> None:
+        """Put the best state back, if it is to be kept, and say in the history which it was."""
+        if self.keeping.best and self.best is not None:
+            for name, t in self.held.items():
+                self.tensors[name].copy_(t)
+            history.best = self.best
+        self.held = {}
+
+    # ---- checkpoints
+
+    def parts(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, sharing memory."""
+        return {**self.tensors, **self.more, **{f"{BEST}{name}": t for name, t in self.held.items()}}
+
+    def after(self, step: int, history: History) -> None:
+        """Write a checkpoint when it is time."""
+        if self.keeping.folder is None or self.keeping.every is None or step % self.keeping.every:
+            return
+        extra = {
+            "step": step,
+            "train": [list(row) for row in history.train],
+            "validation": [list(row) for row in history.validation],
+            "best": None if self.best is None else list(self.best),
+            "worse": self.worse,
+            "held": bool(self.held),
+            "facts": plain(self.keeping.facts),
+        }
+        parts = {name: checkpoint.apart(t) for name, t in self.parts().items()}
+        checkpoint.save(self.keeping.folder, parts, self.optimizer, extra=extra, rng=True)
+
+    def resume(self, history: History) -> int:
+        """Go on from the newest checkpoint, if that is asked for and there is one; returns the steps it has made.
+
+        Raises ValueError naming the facts that differ, and what `optim.checkpoint.load` raises.
+        """
+        here = checkpoint.newest(self.keeping.folder) if self.keeping.resume and self.keeping.folder else None
+        if here is None:
+            return 0
+        about = checkpoint.read_about(here)["extra"]
+        other = list(checkpoint.differing(about["facts"], plain(self.keeping.facts)))
+        if other:
+            raise ValueError(
+                f"{here} is of another run ({'; '.join(other)}); give the same command, or begin anew with "
+                "--force and without --resume"
+            )
+        if about["held"]:
+            self.held = {name: torch.empty_like(t, device="cpu") for name, t in self.tensors.items()}
+        extra = checkpoint.load(here, self.parts(), self.optimizer)
+        history.train = [(int(step), loss) for step, loss in extra["train"]]
+        history.validation = [(int(step), loss) for step, loss in extra["validation"]]
+        self.best = None if extra["best"] is None else (int(extra["best"][0]), extra["best"][1])
+        self.worse = extra["worse"]
+        return int(extra["step"])
+
+
+def plain(facts: Mapping[str, Any]) -> Any:
+    """The facts as json gives them back."""
+    return json.loads(json.dumps(dict(facts)))
+
+
+def ours(folder: Path) -> bool:
+    """Whether a folder holds checkpoints and what is left of such, and nothing else."""
+    return all(re.match(r"\.?saved-\d", path.name) for path in folder.iterdir())
+
+
+def vacate(folder: Path, *, resume: bool, force: bool) -> None:
+    """Make sure that checkpoints may go into a folder.
+
+    Raises FileExistsError for one that holds something else, and for checkpoints of a run that is not to be
+    continued, unless `force`, which removes them.
+    """
+    if not folder.exists() or (resume and folder.is_dir() and ours(folder)):
+        return
+    if not folder.is_dir() or not ours(folder):
+        raise FileExistsError(f"{folder} is in the way and no checkpoint; move it, or remove it")
+    if checkpoint.newest(folder) is not None and not force:
+        raise FileExistsError(
+            f"{folder} holds a checkpoint of an unfinished run; pass --resume to go on, or --force to begin anew"
+        )
+    shutil.rmtree(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints of a run that is finished, if there are any."""
+    if folder.is_dir() and ours(folder):
+        shutil.rmtree(folder)
