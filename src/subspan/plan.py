@@ -33,6 +33,10 @@ def numbers(rank: int, m: int, n: int) -> int:
     return min(rank * (m + n), m * n)
 
 
+# Two products of nearly the whole matrix's size took 5 to 10 % longer than one (bench/compression_speed.py).
+THIN = 0.9
+
+
 @dataclass(frozen=True, slots=True)
 class SitePlan:
     """One row: `form` is `lowrank` (two factors), `dense` (truncated, multiplied back) or `keep` (untouched).
@@ -56,6 +60,11 @@ class SitePlan:
     def full(self) -> int:
         """The largest rank the shape allows."""
         return min(self.shape)
+
+    @property
+    def share(self) -> float:
+        """The numbers of two factors of this rank over those of the matrix."""
+        return self.rank * sum(self.shape) / (self.shape[0] * self.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +137,20 @@ class Plan:
         )
 
     def remarks(self) -> list[str]:
-        """What a person should know beside the table: sites that were calibrated on too little."""
+        """What a person should know beside the table: too little calibration, or next to nothing gained."""
+        return [*self._ridged(), *self._thin()]
+
+    def _thin(self) -> list[str]:
+        thin = [name for name, site in self.sites.items() if site.form == "lowrank" and site.share > THIN]
+        if not thin:
+            return []
+        return [
+            f"{len(thin)} of {len(self.sites)} sites become two factors that keep over {THIN:.0%} of their "
+            f"numbers, e.g. {thin[0]}: decoding will be slower than with whole matrices; aim lower, or leave "
+            f"them out with --select '!{thin[0]}'"
+        ]
+
+    def _ridged(self) -> list[str]:
         ridged = [name for name, site in self.sites.items() if site.ridge]
         if not ridged:
             return []

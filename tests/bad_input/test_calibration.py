@@ -163,6 +163,15 @@ def test_a_plan_says_which_sites_had_too_few_tokens_and_the_ridge_they_got(measu
     assert enough.remarks() == [] and "ridge" not in enough.sites["0"].reason
 
 
+def test_a_plan_says_which_sites_gain_next_to_nothing():
+    """Two factors of rank r take r (m + n) / (m n) of the numbers: here 0.9 and 0.96 of them."""
+    cut, thin = (site_plan((100, 100), rank, lambda rank: 0.1, bits=32) for rank in (45, 48))
+    assert (cut.form, cut.share, thin.form, thin.share) == ("lowrank", 0.9, "lowrank", 0.96)
+    (said,) = Plan("svd", {}, {"a": cut, "b": thin}).remarks()
+    assert said.startswith("1 of 2 sites become two factors") and "--select '!b'" in said
+    assert Plan("svd", {}, {"a": cut}).remarks() == []
+
+
 def test_a_ridge_that_was_asked_for_is_not_remarked_upon():
     assert study(net(), Gram(ridge=1e-3), batches=[tokens(5)]).plan(HALF).remarks() == []
     assert study(net(), Plain()).plan(HALF).remarks() == []
