@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from subspan import io
 from subspan.edit import edit
+from subspan.hosts.peft_parts import BlockSeries
 from subspan.ops import (
     BlockCayley,
     Columns,
@@ -63,6 +64,7 @@ ROWS: dict[str, Callable[[], LinOp]] = {
     "columns": lambda: Columns(torch.tensor([0, 3]), rand(5, 2), 4),
     "stacked": lambda: Stacked(Transposed(Seeded(1, 4, 2)), rand(3, 2), rand(3, 4)),
     "cayley": lambda: BlockCayley(rand(2, 3)),
+    "cayley, by a series": lambda: BlockSeries(rand(2, 3), 4),
     "zero": lambda: Zero(5, 4),
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
