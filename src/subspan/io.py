@@ -280,3 +280,12 @@ def _alike(one: Tensor, two: Tensor) -> bool:
 def subspan_version() -> str:
     """The installed version of subspan."""
     return version("subspan")
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that not even a loss of power can undo it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

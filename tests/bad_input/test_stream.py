@@ -28,7 +28,7 @@ GRAM = {"method": "svd_llm", "args": jobs.encode(Err(0.5)), "batches": WINDOWS}
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
     for place in (shardfile, journal):
-        monkeypatch.setattr(place, "settle", lambda path: None)
+        monkeypatch.setattr(place, "to_disk", lambda path: None)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def put(preset: str, module: nn.Module) -> Adapted:
     return drawn(made, seed=5, size=0.3)
 
 
-def close(one: Tensor, two: Tensor) -> None:
+def check_close(one: Tensor, two: Tensor) -> None:
     assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
@@ -126,7 +126,7 @@ def test_forward_and_gradients_are_those_of_the_layer_with_the_folded_matrix(lay
     x = x.requires_grad_(floats)
     tensors = [p for _, p in trainable(new)] + [x] * floats
     y, wanted = new(x), folded(old, new.matrix, x)
-    close(y, wanted)
+    check_close(y, wanted)
     assert not torch.equal(y, old(x))
     probe = rand(*y.shape, seed=8)
     pairs = zip(
@@ -135,14 +135,14 @@ def test_forward_and_gradients_are_those_of_the_layer_with_the_folded_matrix(lay
         strict=True,
     )
     for one, two in pairs:
-        close(one, two)
+        check_close(one, two)
 
 
 @pytest.mark.parametrize("preset", ["lora", "dora", "oft"])
 def test_a_fresh_adapter_changes_nothing(layer, preset):
     old, x = layer
     new = adapt(PRESETS[preset]())("site", old)
-    close(new(x), old(x))
+    check_close(new(x), old(x))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -156,7 +156,7 @@ def test_merge_gives_the_same_kind_of_layer(layer, preset):
         k: v.shape for k, v in old.state_dict().items()
     }
     assert all(p.requires_grad and p.is_contiguous() for p in plain_one.parameters())
-    close(plain_one(x), new(x))
+    check_close(plain_one(x), new(x))
     before = new(x).clone()
     drawn(plain_one)
     assert torch.equal(new(x), before)
@@ -168,10 +168,10 @@ def test_two_adapters_fold_in_order_and_start_on_what_is_below(layer):
     below = one.matrix
     two = adapt(Adapter(FromWeight(2), Add(0.5)), "two")("site", one)
     assert isinstance(two, Adapted)
-    close(two.slot("two").op.dense(), FromWeight(2)("site", below).dense())
-    close(two(x), folded(old, below + 0.5 * two.slot("two").op.dense(), x))
+    check_close(two.slot("two").op.dense(), FromWeight(2)("site", below).dense())
+    check_close(two(x), folded(old, below + 0.5 * two.slot("two").op.dense(), x))
     two.active = ("two",)
-    close(two(x), folded(old, matrix(old) + 0.5 * two.slot("two").op.dense(), x))
+    check_close(two(x), folded(old, matrix(old) + 0.5 * two.slot("two").op.dense(), x))
     two.active = ()
     assert torch.equal(two(x), old(x)) and torch.equal(two.matrix, matrix(old))
 
@@ -190,10 +190,10 @@ def test_a_start_that_takes_from_the_base_leaves_the_original_and_its_kind(layer
     new = adapt(PRESETS["pissa"]())("site", old)
     assert isinstance(new, Adapted) and type(new.base) is type(old)
     assert torch.equal(old.weight, before) and torch.equal(new.origin.weight, before)
-    close(new.matrix, matrix(old))
+    check_close(new.matrix, matrix(old))
     left, all_of_it = torch.linalg.svdvals(matrix(new.base)), torch.linalg.svdvals(matrix(old))
-    close(left[:-2], all_of_it[2:])
-    close(left[-2:], torch.zeros(2).double())
+    check_close(left[:-2], all_of_it[2:])
+    check_close(left[-2:], torch.zeros(2).double())
 
 
 def test_the_weight_is_read_as_that_of_the_layer_and_so_are_its_numbers(layer):
@@ -226,9 +226,9 @@ def test_compressed_layers_carry_adapters_and_merge_to_their_kind(layer, preset)
     new = put(preset, small)
     wanted = plain(small, new.matrix)
     assert type(wanted) is type(old)
-    close(new(x), wanted(x))
+    check_close(new(x), wanted(x))
     assert type(merged(new)) is type(old)
-    close(merged(new)(x), new(x))
+    check_close(merged(new)(x), new(x))
 
 
 @pytest.mark.parametrize("name", ["conv1d of transformers", "conv2d, groups and same", "embedding"])
@@ -254,7 +254,7 @@ def test_compiled_whole_they_compute_the_same(preset):
     edit(net, ["0", "1", "2"], lambda _, layer: put(preset, drawn(layer)))
     x = torch.cat([IDS, IDS[:1]]).T
     torch.compiler.reset()
-    close(torch.compile(net, backend="eager", fullgraph=True)(x), net(x))
+    check_close(torch.compile(net, backend="eager", fullgraph=True)(x), net(x))
 
 
 @pytest.mark.parametrize("preset", ["lora", "dora", "oft"])
@@ -276,11 +276,11 @@ def test_a_low_rank_convolution_in_groups_is_narrow_in_each():
     window, op = Window.of(conv), LowRank(rand(6, 2), rand(2, 18))
     x = rand(2, 4, 5, 5)
     wanted = F.conv2d(x, op.dense().reshape(6, 2, 3, 3), padding=1, groups=2)
-    close(window.through(x, op), wanted)
-    close(OpConv(op, window=window)(x), wanted)
+    check_close(window.through(x, op), wanted)
+    check_close(OpConv(op, window=window)(x), wanted)
     back = OpConv(op, window=window).plain(op.dense())
     assert repr(back) == repr(conv)
-    close(back(x), wanted)
+    check_close(back(x), wanted)
     assert torch.equal(window.kernels(op.dense()), back.weight)
     assert torch.equal(OpConv(op, window=window).weight, back.weight)
 
@@ -288,7 +288,7 @@ def test_a_low_rank_convolution_in_groups_is_narrow_in_each():
 def test_a_table_of_low_rank_never_forms_its_matrix(monkeypatch):
     op = LowRank(rand(9, 2).requires_grad_(), rand(2, 4).requires_grad_())
     monkeypatch.setattr(LowRank, "dense", lambda self: pytest.fail("formed"))
-    close(Table().op(IDS, op), (op.u @ op.v)[IDS])
+    check_close(Table().op(IDS, op), (op.u @ op.v)[IDS])
 
 
 def test_layers_know_how_they_use_their_matrix():
@@ -479,7 +479,7 @@ def test_a_depthwise_convolution_whose_weight_the_host_reads_itself(method, args
         moved(model, [f"backbone.layers.{i}.mixer.conv1d" for i in range(2)], method, **args)
         said, longer = model(input_ids=ids).logits, model.generate(ids, **wanted)
         assert fold(model) == 2 and (said - before).abs().max() > 0.01
-        close(model(input_ids=ids).logits, said)
+        check_close(model(input_ids=ids).logits, said)
     assert torch.equal(model.generate(ids, **wanted), longer)
 
 
@@ -501,7 +501,7 @@ def test_convolutions_whose_stride_the_host_reads_itself(method):
         moved(model, ["encoder.conv1", "encoder.conv2", "decoder.embed_tokens"], method, rank=2)
         said = model(**inputs).last_hidden_state
         assert fold(model) == 3 and (said - before).abs().max() > 0.01
-        close(model(**inputs).last_hidden_state, said)
+        check_close(model(**inputs).last_hidden_state, said)
 
 
 # ---- ties ----

@@ -56,7 +56,7 @@ WINDOWS = torch.randint(300, (6, 1, 40), generator=torch.Generator().manual_seed
 def no_waiting_for_the_disk(monkeypatch):
     """A kill is survived without it; only a power cut is not."""
     for place in (shardfile, journal):
-        monkeypatch.setattr(place, "settle", lambda path: None)
+        monkeypatch.setattr(place, "to_disk", lambda path: None)
 
 
 def precision(kind):

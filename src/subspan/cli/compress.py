@@ -51,6 +51,9 @@ HELP_STREAM = (
 HELP_DTYPE = "The precision the model is loaded in: by default float32, with --stream that of its files."
 HELP_REPORT = "Write a page there: ranks, and predicted errors against those on the calibration text."
 EXAMPLE = "subspan compress smollm2 --method svd_llm --err 0.3 --calibrate @prose -o out"
+Blocks = Annotated[
+    bool, typer.Option("--blockwise", help="Calibrate every block through the ones already compressed.")
+]
 
 
 def run(
@@ -67,9 +70,7 @@ def run(
     calibrate: Calibrate = None,
     tokens: Tokens = 8192,
     window: Window = None,
-    blockwise: Annotated[
-        bool, typer.Option("--blockwise", help="Calibrate every block through the ones already compressed.")
-    ] = False,
+    blockwise: Blocks = False,
     stream: Annotated[bool, typer.Option("--stream", help=HELP_STREAM)] = False,
     report: Annotated[Path | None, typer.Option("--report", metavar="FILE", help=HELP_REPORT)] = None,
     force: Force = False,

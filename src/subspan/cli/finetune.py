@@ -69,6 +69,7 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the checkpoint of the same command, if there is one.")
 ]
 Page = Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write a page with the loss curves.")]
+Alpha = Annotated[float | None, typer.Option("--alpha", help="An adapter's scale is alpha / rank.")]
 
 
 def run(
@@ -78,7 +79,7 @@ def run(
     method: Annotated[str, typer.Option("--method", help="An adapter, healing method or optimizer of the list.")],
     select: Select = None,
     rank: Rank = None,
-    alpha: Annotated[float | None, typer.Option("--alpha", help="An adapter's scale is alpha / rank.")] = None,
+    alpha: Alpha = None,
     every: Every = None,
     teacher: Teacher = None,
     lr: Rate = None,
@@ -134,9 +135,12 @@ def run(
         keep.clear(partial)
     if report is not None:
         write_page(page(history, method, seed), report)
-    result = lessons.summary(history, learns)
-    shown = outcome(title(method, steps, history), result)
-    return Result({"out": str(out), **about, **result}, (shown, f"wrote {out}"))
+    return told(out, title(method, steps, history), about, lessons.summary(history, learns))
+
+
+def told(out: Path, what: str, about: dict[str, Any], result: dict[str, Any]) -> Result:
+    """What a run came to, for people and for programs."""
+    return Result({"out": str(out), **about, **result}, (outcome(what, result), f"wrote {out}"))
 
 
 def title(method: str, steps: int, history: keep.History) -> str:

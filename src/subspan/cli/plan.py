@@ -53,6 +53,12 @@ COMPRESSION = (
 )  # fmt: skip
 TRAINING = ("rank", "every", "where", "shards", "data")
 ADAPTER = ("select", "window", "tokens", "rank", "data")
+Where = Annotated[
+    str | None,
+    typer.Option(
+        "--where", metavar="PATTERN", help="Parameters it steps; by default the matrices between hidden layers."
+    ),
+]
 
 
 def run(
@@ -66,14 +72,7 @@ def run(
     ] = None,
     rank: Rank = None,
     every: Every = None,
-    where: Annotated[
-        str | None,
-        typer.Option(
-            "--where",
-            metavar="PATTERN",
-            help="Parameters it steps; by default the matrices between hidden layers.",
-        ),
-    ] = None,
+    where: Where = None,
     shards: Annotated[int, typer.Option("--shards", min=1, help="Devices that share the rows, as in FSDP2.")] = 1,
     ratio: Ratio = None,
     err: Err = None,

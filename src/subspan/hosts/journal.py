@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from subspan import io
-from subspan.hosts.shardfile import settle
+from subspan.io import to_disk
 
 if sys.platform != "win32":
     import fcntl
@@ -133,9 +133,9 @@ class Journal:
         fresh = self.folder.with_name(f".{self.folder.name}-{os.getpid()}")
         (fresh / MODEL).mkdir(parents=True, exist_ok=True)
         (fresh / JOB).write_text(json.dumps(self.facts, indent=1) + "\n", encoding="utf-8")
-        settle(fresh / JOB)
+        to_disk(fresh / JOB)
         os.replace(fresh, self.folder)
-        settle(self.folder.parent)
+        to_disk(self.folder.parent)
 
     def _lock(self) -> None:
         if not (self.folder / JOB).is_file():
@@ -173,15 +173,15 @@ class Journal:
     def finish(self) -> None:
         """Give the finished model its name, in place of what was there, and remove the pieces."""
         for file in self.model.iterdir():
-            settle(file)
-        settle(self.model)
+            to_disk(file)
+        to_disk(self.model)
         old = self.folder / "old"
         if self.out.exists():
             if old.exists():
                 shutil.rmtree(old)
             os.replace(self.out, old)
         os.replace(self.model, self.out)
-        settle(self.out.parent)
+        to_disk(self.out.parent)
         self.clear()
 
     def clear(self) -> None:

@@ -23,7 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from subspan.hosts.quantizer import require_whole
-from subspan.io import WEIGHTS
+from subspan.io import WEIGHTS, to_disk
 
 INDEX = f"{WEIGHTS}.index.json"
 CHUNK = 1 << 24
@@ -271,20 +271,11 @@ def published(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield beside
-        settle(beside)
+        to_disk(beside)
         os.replace(beside, path)
-        settle(path.parent)
+        to_disk(path.parent)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def settle(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def publish_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:

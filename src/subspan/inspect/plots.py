@@ -227,6 +227,12 @@ def canvas(height: float) -> tuple[Figure, Any]:
     """An empty figure of the common width with one quiet pair of axes."""
     figure = Figure(figsize=(WIDTH, height), dpi=100, layout="constrained")
     axes = figure.add_subplot()
+    quieten(axes)
+    return figure, axes
+
+
+def quieten(axes: Any) -> None:
+    """Axes without a frame, with pale lines across."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=9, length=3)
@@ -234,7 +240,6 @@ def canvas(height: float) -> tuple[Figure, Any]:
     axes.yaxis.label.set_color(INK)
     axes.grid(axis="y", color=FAINT, alpha=0.25, lw=0.6)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def entitle(axes: Any, text: str) -> None:

@@ -12,7 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from subspan.inspect.plots import FAINT, INK, WIDTH, canvas, entitle, normalised, ordered, require, short, styles
+from subspan.inspect.plots import (
+    FAINT,
+    INK,
+    WIDTH,
+    canvas,
+    entitle,
+    normalised,
+    ordered,
+    quieten,
+    require,
+    short,
+    styles,
+)
 from subspan.inspect.survey import parse_site
 
 Series = Mapping[str, Sequence[float]]
@@ -196,13 +208,7 @@ def panels(count: int, height: float, *, across: bool = False) -> tuple[Figure, 
     grid = (1, count) if across else (count, 1)
     made = list(figure.subplots(*grid, squeeze=False, sharex=not across, sharey=False).flat)
     for axes in made:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.tick_params(colors=INK, labelsize=9, length=3)
-        axes.xaxis.label.set_color(INK)
-        axes.yaxis.label.set_color(INK)
-        axes.grid(axis="y", color=FAINT, alpha=0.25, lw=0.6)
-        axes.set_axisbelow(True)
+        quieten(axes)
     return figure, made
 
 

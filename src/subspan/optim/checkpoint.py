@@ -81,8 +81,8 @@ def save(
         sums = {name: digest(partial / name) for name in (io.WEIGHTS, STATE)}
         io.write_about(partial, {**io.read_about(partial), "sha256": sums})
         for path in (*partial.iterdir(), partial):
-            to_disk(path)
-    to_disk(out.parent)
+            io.to_disk(path)
+    io.to_disk(out.parent)
     sweep(out.parent, keep)
     return out
 
@@ -346,12 +346,3 @@ def digest(path: Path) -> str:
     """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk, so that not even a loss of power can undo it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
