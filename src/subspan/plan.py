@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,22 +20,27 @@ Form = Literal["lowrank", "dense", "keep"]
 FORMAT = 1
 
 
+# Two factors of more than this share of a matrix's numbers take longer than the matrix: in a whole model a token
+# took 5 to 15 % longer (bench/compression_speed.py).
+WORTH = Fraction(9, 10)
+
+
 def break_even(m: int, n: int) -> int:
-    """The largest rank whose two factors hold fewer numbers than the m x n matrix: rank (m + n) < m n.
+    """The largest rank whose two factors are worth it: they hold at most 9/10 of the m x n matrix's numbers.
+
+        rank (m + n) <= 0.9 m n
+
+    Above that they save next to nothing, and are slower than the matrix.
 
     >>> break_even(4096, 4096), break_even(4, 4)
-    (2047, 1)
+    (1843, 1)
     """
-    return (m * n - 1) // (m + n)
+    return int(WORTH * m * n / (m + n))
 
 
 def numbers(rank: int, m: int, n: int) -> int:
-    """How many numbers a site stores at this rank: two factors, or the dense matrix where that is smaller."""
-    return min(rank * (m + n), m * n)
-
-
-# Two products of nearly the whole matrix's size took 5 to 10 % longer than one (bench/compression_speed.py).
-THIN = 0.9
+    """How many numbers a site stores at this rank: two factors up to break-even, above it the dense matrix."""
+    return rank * (m + n) if rank <= break_even(m, n) else m * n
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +66,6 @@ class SitePlan:
     def full(self) -> int:
         """The largest rank the shape allows."""
         return min(self.shape)
-
-    @property
-    def share(self) -> float:
-        """The numbers of two factors of this rank over those of the matrix."""
-        return self.rank * sum(self.shape) / (self.shape[0] * self.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +138,17 @@ class Plan:
         )
 
     def remarks(self) -> list[str]:
-        """What a person should know beside the table: too little calibration, or next to nothing gained."""
-        return [*self._ridged(), *self._thin()]
+        """What a person should know beside the table: too little calibration, or ranks cut for nothing."""
+        return [*self._ridged(), *self._dense()]
 
-    def _thin(self) -> list[str]:
-        thin = [name for name, site in self.sites.items() if site.form == "lowrank" and site.share > THIN]
-        if not thin:
+    def _dense(self) -> list[str]:
+        dense = [name for name, site in self.sites.items() if site.form == "dense"]
+        if not dense:
             return []
         return [
-            f"{len(thin)} of {len(self.sites)} sites become two factors that keep over {THIN:.0%} of their "
-            f"numbers, e.g. {thin[0]}: decoding will be slower than with whole matrices; aim lower, or leave "
-            f"them out with --select '!{thin[0]}'"
+            f"{len(dense)} of {len(self.sites)} sites lose ranks and stay dense, e.g. {dense[0]}: their factors would "
+            f"hold over {float(WORTH):.0%} of their numbers and be slower than the matrix, so nothing is saved "
+            "there; aim lower, or take the method least_loss, which never does this"
         ]
 
     def _ridged(self) -> list[str]:

@@ -16,7 +16,7 @@ from subspan.hosts.text import windows
 from subspan.metric import Covariance, Gram, Plain, collect
 from subspan.plan import Plan, site_plan
 
-HALF = Uniform(Err(0.5))
+LOW = Uniform(Err(0.6))
 
 
 def net(dtype=torch.float64, width=12):
@@ -54,12 +54,12 @@ def test_a_singular_statistic_gives_finite_factors_that_beat_plain_truncation_on
     model, data = net(), tokens(200)
     data[:, 3] = 0  # an input that is always off
     data[:, 5] = data[:, 4]  # and two that are always alike
-    before = model(data)
+    before = model[0](data)
     losses = []
-    for method in (Compression(HALF, measure), Compression(HALF)):
+    for method in (Compression(LOW, measure), Compression(LOW)):
         _, done = compress(model, method, select="0", batches=[data])
         assert all(bool(p.isfinite().all()) for p in model.parameters())
-        losses.append(float((model(data) - before).detach().norm()))
+        losses.append(float((model[0](data) - before).detach().norm()))
         done.undo()
     assert losses[0] < losses[1]
 
@@ -82,12 +82,12 @@ def test_bfloat16_weights_are_planned_in_float32_and_stay_bfloat16():
     full.load_state_dict({name: p.float() for name, p in half.state_dict().items()})
     data = tokens(64, dtype=torch.bfloat16)
     # The second layer's inputs pass through bfloat16 in one model alone.
-    plans = [study(m, Gram(), select="0", batches=[data.to(m[0].weight.dtype)]).plan(HALF) for m in (half, full)]
+    plans = [study(m, Gram(), select="0", batches=[data.to(m[0].weight.dtype)]).plan(LOW) for m in (half, full)]
     assert plans[0].ranks() == plans[1].ranks()
     assert_close(plans[0].sites["0"].error, plans[1].sites["0"].error, rtol=1e-5, atol=0)
     assert [plan.sites["0"].bits for plan in plans] == [16, 32]
     assert plans[0].bytes[0] * 2 == plans[1].bytes[0]
-    compress(half, Compression(HALF, Gram()), batches=[data])
+    compress(half, Compression(LOW, Gram()), batches=[data])
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
@@ -95,7 +95,7 @@ def test_bfloat16_weights_are_planned_in_float32_and_stay_bfloat16():
 
 
 def written(tmp_path, change):
-    data = json.loads(json.dumps(study(net()).plan(HALF, method="svd").to_dict()))
+    data = json.loads(json.dumps(study(net()).plan(LOW, method="svd").to_dict()))
     change(data["sites"])
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(data))
@@ -115,7 +115,7 @@ def test_a_misspelt_site_is_shown_beside_the_nearest_one():
     model = nn.ModuleDict(
         {"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(4, 4)}) for _ in range(3)])}
     )
-    plan = study(model).plan(HALF)
+    plan = study(model).plan(LOW)
     rows = dict(plan.sites)
     rows["layers.1.q_porj"] = rows.pop("layers.1.q_proj")
     with pytest.raises(ValueError, match=r"lacks, e\.g\. layers\.1\.q_porj; did you mean layers\.1\.q_proj by"):
@@ -123,7 +123,7 @@ def test_a_misspelt_site_is_shown_beside_the_nearest_one():
 
 
 def test_a_site_that_is_like_none_gets_no_guess():
-    plan = study(net()).plan(HALF)
+    plan = study(net()).plan(LOW)
     with pytest.raises(ValueError, match=r"e\.g\. encoder; the model has 0, 2, \.\.\.: was the plan made for"):
         replace(plan, sites={"encoder": plan.sites["0"]}).check({"0": (8, 12), "2": (8, 8)})
 
@@ -140,7 +140,7 @@ def test_a_row_that_was_taken_out_leaves_the_layer_and_its_bytes(tmp_path):
 
 
 def test_an_unedited_plan_reads_back_equal(tmp_path):
-    assert Plan.from_json(written(tmp_path, lambda rows: None)) == study(net()).plan(HALF, method="svd")
+    assert Plan.from_json(written(tmp_path, lambda rows: None)) == study(net()).plan(LOW, method="svd")
 
 
 def test_a_row_says_the_ridge_it_needed_and_the_plan_remarks_on_it():
@@ -155,26 +155,26 @@ def test_a_row_says_the_ridge_it_needed_and_the_plan_remarks_on_it():
 
 @pytest.mark.parametrize("measure", [Gram(), Covariance()], ids=["gram", "covariance"])
 def test_a_plan_says_which_sites_had_too_few_tokens_and_the_ridge_they_got(measure):
-    few = study(net(), measure, batches=[tokens(6), tokens(4, seed=2)]).plan(HALF)
+    few = study(net(), measure, batches=[tokens(6), tokens(4, seed=2)]).plan(LOW)
     assert few.sites["0"].ridge > 0 and few.sites["2"].ridge == 0
     assert f"ridge {few.sites['0'].ridge:g} for 10 tokens in 12 inputs" in few.sites["0"].reason
     assert "at 0 (" in few.remarks()[0] and few.remarks()[0].startswith("1 of 2 sites")
-    enough = study(net(), measure, batches=[tokens(40)]).plan(HALF)
+    enough = study(net(), measure, batches=[tokens(40)]).plan(LOW)
     assert enough.remarks() == [] and "ridge" not in enough.sites["0"].reason
 
 
-def test_a_plan_says_which_sites_gain_next_to_nothing():
-    """Two factors of rank r take r (m + n) / (m n) of the numbers: here 0.9 and 0.96 of them."""
-    cut, thin = (site_plan((100, 100), rank, lambda rank: 0.1, bits=32) for rank in (45, 48))
-    assert (cut.form, cut.share, thin.form, thin.share) == ("lowrank", 0.9, "lowrank", 0.96)
-    (said,) = Plan("svd", {}, {"a": cut, "b": thin}).remarks()
-    assert said.startswith("1 of 2 sites become two factors") and "--select '!b'" in said
+def test_a_plan_says_which_sites_lose_ranks_and_save_nothing():
+    """Two factors of rank r take r (m + n) / (m n) of the numbers: here 0.9 and 0.92 of them."""
+    cut, dense = (site_plan((100, 100), rank, lambda rank: 0.1, bits=32) for rank in (45, 46))
+    assert (cut.form, dense.form) == ("lowrank", "dense")
+    (said,) = Plan("svd", {}, {"a": cut, "b": dense}).remarks()
+    assert said.startswith("1 of 2 sites lose ranks and stay dense, e.g. b:") and "least_loss" in said
     assert Plan("svd", {}, {"a": cut}).remarks() == []
 
 
 def test_a_ridge_that_was_asked_for_is_not_remarked_upon():
-    assert study(net(), Gram(ridge=1e-3), batches=[tokens(5)]).plan(HALF).remarks() == []
-    assert study(net(), Plain()).plan(HALF).remarks() == []
+    assert study(net(), Gram(ridge=1e-3), batches=[tokens(5)]).plan(LOW).remarks() == []
+    assert study(net(), Plain()).plan(LOW).remarks() == []
 
 
 def test_sites_that_share_an_input_count_the_same_tokens():

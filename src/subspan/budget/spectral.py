@@ -17,17 +17,20 @@ Numbers = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 def share_rank(share: float, m: int, n: int, target: Target) -> int:
-    """The rank that keeps a share of an m x n site's ranks (`Err`), or at most that share of its numbers."""
+    """The rank that keeps a share of an m x n site's ranks (`Err`), or at most that share of its numbers.
+
+    Of the numbers, it is never a rank that would not be worth two factors.
+    """
     if isinstance(target, Err):
         return max(1, round(share * min(m, n)))
-    return min(m, n) if share >= 1 else max(1, int(share * m * n / (m + n)))
+    return min(m, n) if share >= 1 else max(1, min(int(share * m * n / (m + n)), break_even(m, n)))
 
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
     """The same share everywhere: of every full rank (`Err`), or of every site's numbers (`Ratio`, `Bytes`).
 
-        Err:   rank = round((1 - err) min(m, n))        Ratio:   rank = floor(ratio m n / (m + n))
+        Err:   rank = round((1 - err) min(m, n))        Ratio:   rank = floor(min(ratio, 0.9) m n / (m + n))
 
     >>> Uniform(Err(0.5))({}, {"a": (4, 8)}), Uniform(Ratio(0.75))({}, {"a": (4, 4)})
     ({'a': 2}, {'a': 1})
