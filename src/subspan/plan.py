@@ -146,9 +146,9 @@ class Plan:
         if not dense:
             return []
         return [
-            f"{len(dense)} of {len(self.sites)} sites lose ranks and stay dense, e.g. {dense[0]}: their factors would "
-            f"hold over {float(WORTH):.0%} of their numbers and be slower than the matrix, so nothing is saved "
-            "there; aim lower, or take the method least_loss, which never does this"
+            f"{len(dense)} of {len(self.sites)} sites lose ranks and stay dense, e.g. {dense[0]}: their factors "
+            f"would hold over {float(WORTH):.0%} of their numbers and be slower than the matrix, so nothing is "
+            "saved there; aim lower, or take the method least_loss, which never does this"
         ]
 
     def _ridged(self) -> list[str]:
