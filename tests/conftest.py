@@ -12,6 +12,8 @@ HERE = Path(__file__).parent
 TOGETHER = ("cli", "demo", "hosts/test_trainer.py", "hosts/test_stream.py", "hosts/test_peft_types.py")
 
 
+# First, as xdist writes the groups into the names of the tests in its own hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
         where = item.path.relative_to(HERE).as_posix()

@@ -11,6 +11,7 @@ import torch
 WORKERS = Path(__file__).with_name("workers.py")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """One worker for all that read the same runs."""
     for item in items:
