@@ -20,8 +20,8 @@ Form = Literal["lowrank", "dense", "keep"]
 FORMAT = 1
 
 
-# Two factors of more than this share of a matrix's numbers take longer than the matrix: in a whole model a token
-# took 5 to 15 % longer (bench/compression_speed.py).
+# At this share a model decoded 0 to 9 % faster than with whole matrices (bench/compression_speed.py); above it two
+# factors are not sure to gain anything.
 WORTH = Fraction(9, 10)
 
 
@@ -30,7 +30,7 @@ def break_even(m: int, n: int) -> int:
 
         rank (m + n) <= 0.9 m n
 
-    Above that they save next to nothing, and are slower than the matrix.
+    Above that they save next to nothing, and need not be faster than the matrix.
 
     >>> break_even(4096, 4096), break_even(4, 4)
     (1843, 1)
@@ -147,7 +147,7 @@ class Plan:
             return []
         return [
             f"{len(dense)} of {len(self.sites)} sites lose ranks and stay dense, e.g. {dense[0]}: their factors "
-            f"would hold over {float(WORTH):.0%} of their numbers and be slower than the matrix, so nothing is "
+            f"would hold over {float(WORTH):.0%} of their numbers and be no faster than the matrix, so nothing is "
             "saved there; aim lower, or take the method least_loss, which never does this"
         ]
 
