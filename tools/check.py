@@ -29,7 +29,7 @@ ONLY = {
     "linalg": {"linalg", "shards"},
     "select": {"select"},
     "codec": {"codec", "linalg", "shards"},
-    "ops": {"ops", "linalg"},
+    "ops": {"ops", "linalg", "codec"},
 }
 # Layers -> what they may not import.
 NEVER = {

@@ -99,6 +99,13 @@ def dynamic(bits: int, *, signed: bool) -> tuple[float, ...]:
 
 DYNAMIC8, UNSIGNED8, DYNAMIC4 = dynamic(8, signed=True), dynamic(8, signed=False), dynamic(4, signed=True)
 LINEAR4 = tuple((i + 1) / 16 for i in range(16))
+EVEN8 = tuple((i - 127) / 127 for i in range(255))
+# Appendix E of arXiv:2305.14314.
+NORMAL4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +150,7 @@ class Int8:
         return {"codes": nearest(share, self.levels), "absmax": absmax}
 
     def _decode(self, s: Mapping[str, Tensor]) -> Tensor:
-        codes, absmax = s["codes"], s["absmax"]
-        level = table(self.levels, absmax.dtype, absmax.device)[0]
-        x = level.index_select(0, codes.reshape(-1).int()).view(codes.shape)
-        return scaled(x, absmax, self.block)
+        return looked_up(s, self.levels, self.block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +236,78 @@ class Int4Rank1:
         return share.mul_(smaller(s["row"], s["col"]))
 
 
+@dataclass(frozen=True, slots=True)
+class Even8:
+    """Store a weight in 8 bits: the nearest of 255 evenly spaced levels -1 ... 1, by blocks as in `Int8`.
+
+        x_i ~ absmax (code_i - 127) / 127
+
+    So 0 and +-absmax are kept, and no entry is off by more than absmax / 254 (Dettmers et al., 2022,
+    arXiv:2208.07339, eq. 1, by blocks). Raises ValueError for a tensor without dimensions or block < 1.
+
+    >>> Even8().decode(Even8().encode(torch.tensor([-2.0, 0.0, 0.5])))
+    tensor([-2.0000,  0.0000,  0.5039])
+    """
+
+    block: int = 64
+    levels: ClassVar[tuple[float, ...]] = EVEN8
+    through: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_block("Even8", self.block)
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """`{"codes": (..., n) uint8, "absmax": (..., ceil(n / block))}` for x (..., n)."""
+        return by_rows(self._encode, x)
+
+    def decode(self, s: Mapping[str, Tensor]) -> Tensor:
+        """The levels times their block's absmax, in its precision."""
+        return from_rows(self._decode, s)
+
+    def _encode(self, x: Tensor) -> dict[str, Tensor]:
+        absmax, share = by_block(x, self.block, "Even8")
+        return {"codes": nearest(share, self.levels), "absmax": absmax}
+
+    def _decode(self, s: Mapping[str, Tensor]) -> Tensor:
+        return looked_up(s, self.levels, self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class NF4:
+    """Store a weight in 4 bits, two entries a byte, by blocks (Dettmers et al., 2023, arXiv:2305.14314).
+
+    The 16 levels are quantiles of a normal distribution as a share of the largest, eight of them above 0 and seven
+    below, with 0 and +-1 among them (their appendix E). Blocks are those of `Int8`. Raises ValueError for a tensor
+    without dimensions or block < 1.
+
+    >>> NF4().decode(NF4().encode(torch.tensor([-2.0, 0.0, 0.3])))
+    tensor([-2.0000,  0.0000,  0.3219])
+    """
+
+    block: int = 64
+    levels: ClassVar[tuple[float, ...]] = NORMAL4
+    through: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_block("NF4", self.block)
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """`{"codes": (..., n // 2), "tail": (..., n % 2), "absmax": (..., ceil(n / block))}` for x (..., n)."""
+        return by_rows(self._encode, x)
+
+    def decode(self, s: Mapping[str, Tensor]) -> Tensor:
+        """The levels times their block's absmax, in its precision."""
+        return from_rows(self._decode, s)
+
+    def _encode(self, x: Tensor) -> dict[str, Tensor]:
+        absmax, share = by_block(x, self.block, "NF4")
+        return {**paired(nearest(share, self.levels)), "absmax": absmax}
+
+    def _decode(self, s: Mapping[str, Tensor]) -> Tensor:
+        absmax = s["absmax"]
+        return scaled(unpaired(s, self.levels, absmax.dtype), absmax, self.block)
+
+
 def require_block(where: str, block: int) -> None:
     """Raise ValueError unless block >= 1."""
     if block < 1:
@@ -277,6 +353,13 @@ def scaled(x: Tensor, absmax: Tensor, block: int) -> Tensor:
     for part, scale in blocks(x, absmax, block):
         part.mul_(scale)
     return x
+
+
+def looked_up(s: Mapping[str, Tensor], levels: tuple[float, ...], block: int) -> Tensor:
+    """The levels (..., n) of codes of one byte, each block times its absmax."""
+    codes, absmax = s["codes"], s["absmax"]
+    level = table(levels, absmax.dtype, absmax.device)[0]
+    return scaled(level.index_select(0, codes.reshape(-1).int()).view(codes.shape), absmax, block)
 
 
 def nearest(share: Tensor, levels: tuple[float, ...]) -> Tensor:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from subspan import site
-from subspan.ops import Dense, OpLayer, OpLinear
-from subspan.ops.experts import stacked
+from subspan.ops import Dense, OpLinear
+from subspan.ops.experts import Slice, stacked
 from subspan.plan import Shapes
 from subspan.select import Select, matcher, pick
 
@@ -43,7 +43,11 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def sites(
-    model: nn.Module, select: Select | None = None, *, tied: Literal["refuse", "share"] = "refuse"
+    model: nn.Module,
+    select: Select | None = None,
+    *,
+    tied: Literal["refuse", "share"] = "refuse",
+    grouped: Literal["refuse", "take"] = "refuse",
 ) -> dict[str, nn.Module]:
     """The layers to work on, by name: `nn.Linear`, transformers' `Conv1D`, and the experts of 3-D parameters.
 
@@ -51,7 +55,8 @@ def sites(
     the embeddings or the head; all layers when nothing is numbered. Convolutions and embeddings are taken only
     when a pattern that is more than `*` and exclusions, or a function, names them. An explicit pattern that
     matches a tied layer raises ValueError, unless `tied="share"`, and so does one that matches nothing, or a
-    layer that is no one matrix.
+    layer that is no one matrix. A convolution in groups is several of those, and one tensor to an adapter, whose
+    caller says `grouped="take"`.
     """
     found = matrices(model)
     usual = {name: m for name, m in found.items() if site.of(m).usual}
@@ -59,7 +64,7 @@ def sites(
         raise _none(model, found)
     listed = usual or found
     chosen = _select(model, listed if select is None or _broad(select) else found, listed, select, tied)
-    site.require_matrices(chosen)
+    site.require_matrices(chosen, grouped=grouped)
     return chosen
 
 
@@ -163,7 +168,7 @@ def edit(
 
     `select` is a pattern, a function of names, a list of exact names, or None for `sites`' default; all but a
     list choose among the `nn.Linear`. Names may be those of any module, and those of experts: their owner is then
-    swapped for one that holds what `make` gives, which must be an `OpLinear` without a bias.
+    swapped for one that holds what `make` gives, which must have a `weight` of the expert's shape and no bias.
 
     >>> net = nn.Sequential(nn.Linear(2, 2))
     >>> with edit(net, "0", lambda name, layer: nn.Identity()):
@@ -207,15 +212,18 @@ def _swap(done: Edit, name: str, old: nn.Module, new: nn.Module) -> None:
     done.swaps[name] = (old, new)
 
 
-def _experts(chosen: Mapping[str, nn.Module], make: Make) -> dict[str, tuple[nn.Module, dict[str, list[OpLayer]]]]:
+def _experts(
+    chosen: Mapping[str, nn.Module], make: Make
+) -> dict[str, tuple[nn.Module, dict[str, list[nn.Module]]]]:
     """Name of an owner -> itself, and by parameter the layers of all its experts; one not chosen stays dense."""
-    found: dict[str, tuple[nn.Module, dict[str, dict[int, OpLayer]]]] = {}
+    found: dict[str, tuple[nn.Module, dict[str, dict[int, nn.Module]]]] = {}
     for name, expert in site.experts_of(chosen):
         layer = make(name, expert)
-        if not isinstance(layer, OpLinear) or layer.bias is not None:
+        if not _fills(layer, expert):
             raise ValueError(
-                f"{name} is one expert of a 3-D parameter, whose place only an OpLinear without a bias can take, "
-                f"not {type(layer).__name__}; leave it out with '!{name}'"
+                f"{name} is one expert of a 3-D parameter, whose place only a layer with a weight of "
+                f"{tuple(expert.weight.shape)} and without a bias can take, not this {type(layer).__name__}; "
+                f"leave it out with '!{name}'"
             )
         place = name.removesuffix(f"{expert.index}.{expert.key}").rstrip(".")
         found.setdefault(place, (expert.owner, {}))[1].setdefault(expert.key, {})[expert.index] = layer
@@ -225,11 +233,22 @@ def _experts(chosen: Mapping[str, nn.Module], make: Make) -> dict[str, tuple[nn.
     }
 
 
-def _filled_up(owner: nn.Module, key: str, layers: Mapping[int, OpLayer]) -> list[OpLayer]:
-    parameter = owner.get_parameter(key)
+def _fills(layer: nn.Module, expert: site.Expert) -> bool:
+    """Whether a layer can stand for an expert."""
+    if isinstance(layer, OpLinear):
+        return layer.bias is None
+    w = getattr(layer, "weight", None)
+    shaped = isinstance(w, Tensor) and w.shape == expert.weight.shape
+    return shaped and getattr(layer, "bias", None) is None
 
-    def kept(index: int) -> OpLayer:
-        w = site.matrix(site.Expert(owner, key, index)).detach().clone()
-        return OpLinear(Dense(nn.Parameter(w, requires_grad=parameter.requires_grad)))
 
-    return [layers[i] if i in layers else kept(i) for i in range(len(parameter))]
+def _filled_up(owner: nn.Module, key: str, layers: Mapping[int, nn.Module]) -> list[nn.Module]:
+    """The layers of all experts: of one that has none an op of its own beside other ops, else its bare slice."""
+    trains = owner.get_parameter(key).requires_grad
+    apart = all(isinstance(layer, OpLinear) for layer in layers.values())
+
+    def kept(index: int) -> nn.Module:
+        w = site.matrix(site.Expert(owner, key, index)).detach()
+        return OpLinear(Dense(nn.Parameter(w.clone(), requires_grad=trains))) if apart else Slice(w, trains=trains)
+
+    return [layers[i] if i in layers else kept(i) for i in range(len(owner.get_parameter(key)))]

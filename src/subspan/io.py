@@ -191,9 +191,13 @@ def unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, tied
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, every tensor contiguous."""
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, tied: bool = False) -> None:
+    """One safetensors file, every tensor contiguous; if `tied`, one of several names is stored under the first."""
+    first: dict[int, str] = {}
+    holders = {name: first.setdefault(id(t), name) for name, t in tensors.items()} if tied else {}
+    aliases = {name: holder for name, holder in holders.items() if name != holder}
+    kept = {name: t.detach().contiguous() for name, t in tensors.items() if name not in aliases}
+    save_file(kept, path, metadata={"format": "pt"} | ({"tied": json.dumps(aliases)} if aliases else {}))
 
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:
@@ -222,12 +226,17 @@ def read_about(folder: str | Path) -> Json:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; raises ValueError naming the file when it is damaged or cut short."""
+    """All tensors of a safetensors file, those of several names under each.
+
+    Raises ValueError naming the file when it is damaged or cut short.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; copy or save the folder again")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tied = json.loads((file.metadata() or {}).get("tied", "{}"))
+            return found | {name: found[holder] for name, holder in tied.items() if holder in found}
     except SafetensorError as problem:
         raise ValueError(f"{path} is damaged or cut short ({problem}); copy or save it again") from None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -318,9 +318,11 @@ def require_calls(sites: Mapping[str, nn.Module], what: object) -> None:
             )
 
 
-def require_matrices(sites: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError for a site that cannot be compressed."""
+def require_matrices(sites: Mapping[str, nn.Module], *, grouped: Literal["refuse", "take"] = "refuse") -> None:
+    """Raise ValueError for a site that cannot be compressed; grouped="take" lets convolutions in groups pass."""
     for name, module in sites.items():
+        if grouped == "take" and isinstance(module, CONVOLUTIONS):
+            continue
         if why := of(module).refusal(module):
             raise ValueError(f"{name} {why}; leave it out with '!{name}'")
 

@@ -331,3 +331,19 @@ def test_keys_that_two_layers_share_cannot_be_written():
         flat({"a.b": torch.nn.Linear(1, 1), "a_b": torch.nn.Linear(1, 1)})
     with pytest.raises(ValueError, match="no adapter"):
         save_kohya(llama(), "never.safetensors")
+
+
+def test_a_module_to_save_whose_name_ends_others(good, tmp_path):
+    body = llama().model
+    load_peft(body, good, prefix="base_model.model.model.")
+    with pytest.raises(ValueError, match=r"PEFT finds norm by the end of its name, .* layers\.0\.input"):
+        save_peft(body, tmp_path / "a", modules_to_save=["norm"])
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("fields", [{}, {"trainable_token_indices": {"embed_tokens": [1, 5]}}], ids=str)
+def test_trained_rows_of_an_embedding_are_refused_and_not_dropped(fields, good, tmp_path):
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    folder = changed(good, tmp_path / "a", tensors=lambda t: t | {key: torch.ones(2, 16)}, **fields)
+    words = ["trainable_token_indices is {"] if fields else ["trained token rows", "embed_tokens"]
+    check_refused(folder, [*words, "merge_and_unload"])

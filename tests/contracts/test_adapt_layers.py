@@ -344,13 +344,17 @@ def test_a_layer_that_cannot_be_adapted_is_named_with_the_remedy(module, words):
     assert refusal(module)
 
 
-def test_an_expert_is_refused_and_left_out_unless_it_is_named():
+def test_experts_are_left_out_unless_they_are_named():
     model = nn.ModuleDict({"0": nn.Linear(3, 3), "mlp": nn.ModuleDict({"experts": Experts()})})
     assert adaptable(model) == ["0"]
     name, expert = "mlp.experts.1.up", site.Expert(model["mlp"]["experts"], "up", 1)
-    with pytest.raises(NotAdaptable, match=r"mlp\.experts\.0\.up.*one expert.*'!\*experts\.\*'"):
-        adaptable(model, "*")
+    assert adaptable(model, "*") == ["0", "mlp.experts.0.up", name] and refusal(expert) == ""
     assert adaptable(model, "!*experts.*") == ["0"] and remedy(name, expert) == "!*experts.*"
+
+
+def test_a_convolution_in_groups_is_adapted_when_it_is_named():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Linear(4, 4))
+    assert adaptable(model) == ["1"] and adaptable(model, "0|1") == ["0", "1"]
 
 
 def test_a_rank_or_a_block_that_a_layer_cannot_have_names_the_site():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from subspan.adapt import Adapted, Adapter, Add, ZeroLowRank, adapt
 from subspan.edit import edit, linears, replace, shapes, sharers, sites
 
 
@@ -327,3 +328,17 @@ def test_replace_sets_a_submodule_by_its_dotted_name():
     model, new = nested(), Zero()
     replace(model, "1.2", new)
     assert model[1][2] is new
+
+
+def test_a_convolution_in_groups_is_taken_where_the_caller_adapts_it():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Linear(4, 4), nn.Embedding(4, 4, max_norm=1.0))
+    with pytest.raises(ValueError, match=r"0 is a convolution in 2 groups.*leave it out with '!0'"):
+        sites(model, "0|1")
+    found = sites(model, "0|1", grouped="take")
+    assert found == {"0": model[0], "1": model[1]}
+    with pytest.raises(ValueError, match="2 rescales its rows to max_norm"):
+        sites(model, "0|2", grouped="take")
+    before = model[0](torch.ones(1, 4, 5, 5))
+    edit(model, list(found), adapt(Adapter(ZeroLowRank(2), Add())))
+    assert torch.equal(model[0](torch.ones(1, 4, 5, 5)), before)
+    assert [isinstance(layer, Adapted) for layer in model] == [True, True, False]

@@ -25,11 +25,13 @@ from subspan.ops import (
     Product,
     Scaled,
     Seeded,
+    Shards,
     Stacked,
     Sum,
     Transposed,
     Zero,
     factors,
+    quantize,
 )
 
 
@@ -63,11 +65,15 @@ ROWS: dict[str, Callable[[], LinOp]] = {
     "columns": lambda: Columns(torch.tensor([3, 1], dtype=torch.int32), rand(5, 2), 4),
     "stacked": lambda: Stacked(Dense(rand(2, 4)), rand(3, 2), rand(3, 4)),
     "stacked-seeded": lambda: Stacked(Transposed(Seeded(1, 4, 2).double()), rand(3, 2), rand(3, 4)),
+    "shards": lambda: Shards(rand(3, 2), torch.tensor([2, 0, 1, 1, 0, 2, 0, 1, 2, 2], dtype=torch.int32), 2),
     "cayley": lambda: BlockCayley(rand(2, 3)),
     "cayley-pairs": lambda: BlockCayley(rand(2, 1)),
     "seeded": lambda: Seeded(3, 5, 4, scale=0.5).double(),
     "seeded-ternary": lambda: Seeded(3, 5, 4, "ternary").double(),
     "zero": lambda: Zero(5, 4).double(),
+    "quantized-8": lambda: quantize(rand(5, 4), "int8", 3),
+    "quantized-4": lambda: quantize(rand(5, 4), "nf4", 2),
+    "quantized-odd": lambda: quantize(rand(4, 7), "nf4", 4),
 }
 FROZEN = {"seeded", "seeded-ternary", "zero"}
 
@@ -164,7 +170,7 @@ def test_state_dict_keys_start_with_constructor_arguments(op):
     assert {key.partition(".")[0] for key in op.state_dict()} <= arguments
     whole = [key for key, t in op.state_dict().items() if not t.is_floating_point()]
     assert len(op.state_dict()) == len(list(op.parameters())) + len(whole)
-    assert all(key.rpartition(".")[2] == "index" for key in whole)
+    assert all(key.rpartition(".")[2] in ("index", "codes") for key in whole)
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in FROZEN])
@@ -227,3 +233,14 @@ def test_only_a_plain_low_rank_op_is_its_factors():
     op = LowRank(rand(3, 2), rand(2, 4))
     assert factors(op) == (op.u, op.v)
     assert [factors(other) for other in (Other(op.u, op.v), Scaled(op, 2.0), Dense(rand(3, 4)))] == [None] * 3
+
+
+def test_frozen_factors_lie_by_columns_in_eval_mode_and_by_rows_where_they_train(tmp_path):
+    u, v = torch.randn(7, 3), torch.randn(3, 5)
+    frozen, learns = LowRank(u.clone(), v.clone()), LowRank(nn.Parameter(u.clone()), nn.Parameter(v.clone()))
+    same = frozen.u
+    for mode in (False, True, False):
+        assert frozen.train(mode).u.is_contiguous() == mode and learns.train(mode).u.is_contiguous()
+        assert frozen.u is same and torch.equal(frozen.u, u) and frozen.u.mT.is_contiguous() != mode
+    io.write_tensors(tmp_path / "op.safetensors", frozen.state_dict())
+    assert torch.equal(io.read_tensors(tmp_path / "op.safetensors")["u"], u)

@@ -68,7 +68,8 @@ def cut(model: nn.Module) -> None:
 
 def adapted(model: nn.Module, preset: str, seed: int = 0) -> dict[str, Any]:
     takes = signature(find(preset).build).parameters
-    args = {key: value for key, value in {"rank": 3, "alpha": 4.0, "block": 4}.items() if key in takes}
+    sizes = {"rank": 3, "alpha": 4.0, "block": 4, "experts": 2, "top": 1}
+    args = {key: value for key, value in sizes.items() if key in takes}
     made = build(preset, "adapter", **args)
     found = {name: model.get_submodule(name) for name in linears(model)}
     if isinstance(made.op, FromGradient):  # these refuse compressed layers
@@ -197,7 +198,7 @@ def test_the_three_forms_come_back_as_they_were(shelf):
 def test_an_adapter_folder_holds_the_added_tensors_and_nothing_else(shelf, preset, under):
     folder = shelf.root / f"{preset}-on-{under}"
     model = open_model(folder).model
-    stored = load_file(folder / io.WEIGHTS)
+    stored = io.read_tensors(folder / io.WEIGHTS)
     assert set(stored) == set(added(model)) >= {name for name, _ in trainable(model)}
     assert all(torch.equal(p, stored[name]) for name, p in added(model).items())
     assert (folder / io.WEIGHTS).stat().st_size < (shelf.root / under / io.WEIGHTS).stat().st_size / 2

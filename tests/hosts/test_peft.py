@@ -400,11 +400,11 @@ def test_a_file_of_kohya_without_alpha_has_scale_one(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("method", sorted(methods("adapter")))
+@pytest.mark.parametrize("method", sorted(set(methods("adapter")) - {"moe_lora"}))  # a gate has no weight
 def test_every_adapter_of_ours_is_merged_and_cut(method, words, tmp_path):
     base = put_down(llama(), words, tmp_path / "base")
     model = llama()
-    args = {"rank": 4} if "rank" in inspect.signature(methods()[method].build).parameters else {}
+    args = {"rank": 3} if "rank" in inspect.signature(methods()[method].build).parameters else {}
     data = Calibration([IDS], jobs.forward, jobs.loss)
     made = prepare(build(method, "adapter", **args), model, sites(model, SITES), data)
     edit(model, SITES, adapt(made))

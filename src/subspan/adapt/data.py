@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from subspan import site as kinds
 from subspan.adapt.init import FromWeight
-from subspan.adapt.layer import Adapted, Adapter
+from subspan.adapt.layer import Adapted, Adapter, Sharing
 from subspan.adapt.layers import require, shape
 from subspan.compress import Calibration
 from subspan.linalg import pin_signs, wide
@@ -26,10 +26,14 @@ Solver = Literal["exact", "gram", "random"]
 
 
 @dataclass(frozen=True)
-class FromData(ABC):
-    """A start that must look at data before it can give an op: `look` does, and returns one that has `seen`."""
+class FromData(Sharing):
+    """A start that must look at data before it can give an op: `look` does, and returns one that has `seen`.
+
+    One that does not `reads` data looks at all sites together, to share tensors between them.
+    """
 
     seen: Mapping[str, LinOp] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
+    reads: ClassVar[bool] = True
 
     @abstractmethod
     def look(self, model: nn.Module, sites: Sites, data: Calibration, *, most: int = HELD) -> Self:
@@ -41,14 +45,23 @@ class FromData(ABC):
 
     def __call__(self, site: str, w: Tensor) -> LinOp:
         """A copy of the op for one site and weight w (m, n); raises ValueError for a site that it has not seen."""
+        return self._copy(site, w, {})
+
+    def begin(self) -> Callable[[str, Tensor], LinOp]:
+        """The same; without data, the copies share tensors where the ops do."""
+        memo: dict[int, Any] = {}
+        return self if self.reads else lambda site, w: self._copy(site, w, memo)
+
+    def _copy(self, site: str, w: Tensor, memo: dict[int, Any]) -> LinOp:
         op = self.seen.get(site)
         if op is None or op.shape != tuple(w.shape):
             found = "has seen nothing of it" if op is None else f"has seen a layer of {op.shape} there"
+            here, what = ("this model's data", ", data") if self.reads else ("this model", "")
             raise ValueError(
-                f"{site}, {tuple(w.shape)}: {self!r} {found}; let it look at this model's data with "
-                "prepare(adapter, model, sites, data)"
+                f"{site}, {tuple(w.shape)}: {self!r} {found}; let it look at {here} with "
+                f"prepare(adapter, model, sites{what})"
             )
-        return copy.deepcopy(op).to(wide(w[:0]))
+        return copy.deepcopy(op, memo).to(wide(w[:0]))
 
     @property
     def idle(self) -> set[str]:
@@ -56,7 +69,9 @@ class FromData(ABC):
         return {name for name, op in self.seen.items() if isinstance(op, Zero)}
 
 
-def prepare(adapter: Adapter, model: nn.Module, sites: Sites, data: Calibration, *, most: int = HELD) -> Adapter:
+def prepare(
+    adapter: Adapter, model: nn.Module, sites: Sites, data: Calibration = Calibration(), *, most: int = HELD
+) -> Adapter:
     """Let the adapter's start look at the data that reaches the sites; one that needs none is returned as it is.
 
     The batches are run in as few passes as keep the statistics below `most` bytes. Raises ValueError without
@@ -71,7 +86,7 @@ def prepare(adapter: Adapter, model: nn.Module, sites: Sites, data: Calibration,
     op = adapter.op
     if not isinstance(op, FromData):
         return adapter
-    if data.batches is None:
+    if op.reads and data.batches is None:
         raise ValueError(f"{op!r} looks at data first: pass batches to prepare (command line: --data)")
     # A pass that follows would find an iterator empty.
     batches = list(data.batches) if isinstance(data.batches, Iterator) else data.batches
@@ -87,14 +102,36 @@ def remembered(adapter: Adapter, tensors: Mapping[str, Tensor], name: str = "def
     op = adapter.op
     if not isinstance(op, FromData):
         return adapter
-    start = op
+    return replace(adapter, op=Remembered(op, tensors, name))
 
-    def shell(site: str, w: Tensor) -> LinOp:
-        inside = f"{site}.adapters.{name}."
-        parts = {key.removeprefix(inside): t for key, t in tensors.items() if key.startswith(inside)}
-        return start.shell(site, w, parts)
 
-    return replace(adapter, op=shell)
+@dataclass(frozen=True)
+class Remembered(Sharing):
+    """A start that makes ops of zeros in the shapes of saved tensors; what two sites share is one parameter."""
+
+    start: FromData
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    name: str = "default"
+
+    def __call__(self, site: str, w: Tensor) -> LinOp:
+        """The op for one site and weight w (m, n)."""
+        return self.begin()(site, w)
+
+    def begin(self) -> Callable[[str, Tensor], LinOp]:
+        """The same, with a parameter for each tensor that is saved."""
+        made: dict[int, nn.Parameter] = {}
+
+        def shell(site: str, w: Tensor) -> LinOp:
+            inside = f"{site}.adapters.{self.name}."
+            parts = {key.removeprefix(inside): t for key, t in self.tensors.items() if key.startswith(inside)}
+            op = self.start.shell(site, w, parts)
+            for key, p in list(op.named_parameters()):
+                at, _, leaf = key.rpartition(".")
+                if f"op.{key}" in parts:
+                    setattr(op.get_submodule(at), leaf, made.setdefault(id(parts[f"op.{key}"]), p))
+            return op
+
+        return shell
 
 
 def size_of(name: str, module: nn.Module) -> tuple[int, int]:

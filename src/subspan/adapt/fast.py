@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspan.linalg import wide
+from subspan.shards import beside, is_cut, joined, local, rebuilt, spread, whole
 
 PLAIN = (Tensor, nn.Parameter)
 # A norm^2 below this share of (|w| + |scale| a)^2, a = sqrt(sum_l u_l^2 |v_l|^2), is computed again from the row
@@ -86,8 +89,17 @@ def norms_lowrank(w: Tensor, u: Tensor, v: Tensor, scale: float, length: Tensor 
     if torch.compiler.is_compiling():
         measured: Tensor = _norms_lowrank_op(w.detach(), u.detach(), v.detach(), scale)
         return measured
+    if is_cut(w) or is_cut(u) or is_cut(v):
+        return _norms_cut(spread(w, u if is_cut(u) else v), u, v, scale)
     with torch.no_grad(), uncast(w.device.type):
         return _norms(w, wide(u), wide(v), scale, lengths(w) if length is None else length)
+
+
+def _norms_cut(w: Tensor, u: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The same for tensors cut over processes: each measures its own rows, for which only factors move."""
+    w = joined(w, -1)
+    part = norms_lowrank(local(w), beside(u, w, -2), whole(v), scale)
+    return rebuilt(part, w, w.placements, (w.shape[0],)) if is_cut(w) else part
 
 
 def _norms(w: Tensor, u: Tensor, v: Tensor, scale: float, length: Tensor) -> Tensor:
@@ -167,8 +179,9 @@ class Norms:
 
     |w| is used again for the very same parameter, unless an operation has written to it since (its version
     counter) or its memory has moved. A write through `w.data` is not seen: call `forget`, or switch the module's
-    `train` mode, after one. Kept norms are used again only when u and v are equal to what they were, entry by
-    entry. A copy and a pickle begin with nothing remembered.
+    `train` mode, after one. Nothing is remembered in a process that cuts a model by `fully_shard`, which gathers
+    weights into the same parameter without a trace. Kept norms are used again only when u and v are equal to what
+    they were, entry by entry. A copy and a pickle begin with nothing remembered.
     """
 
     def __init__(self) -> None:
@@ -204,4 +217,20 @@ def stays(w: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(w) is nn.Parameter
         and not (w.is_meta or w.is_inference() or torch._C._are_functorch_transforms_active())
+        and not gathers()
     )
+
+
+def gathers() -> bool:
+    """Whether `fully_shard` (FSDP2) was used in this process.
+
+    It writes gathered weights with the version counters kept, so a changed part shows in nothing but the numbers.
+    """
+    loaded: Any = sys.modules.get("torch.distributed.fsdp")
+    return loaded is not None and _mixed(loaded.FSDPModule)
+
+
+def _mixed(kind: type) -> bool:
+    """Whether some module class derives from this one, as `fully_shard` makes them."""
+    children: list[type] = kind.__subclasses__()
+    return any(issubclass(child, nn.Module) or _mixed(child) for child in children)

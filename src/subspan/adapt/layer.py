@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan import site as sites
+from subspan.adapt.fast import uncast
 from subspan.adapt.join import Join, Layer
 from subspan.adapt.layers import (
     Adaptable,
@@ -25,7 +27,9 @@ from subspan.adapt.layers import (
     use_of,
 )
 from subspan.adapt.layers import Linear as Linear
+from subspan.adapt.routed import Routed
 from subspan.ops import LinOp
+from subspan.ops.experts import Slice
 
 
 class Base(Protocol):
@@ -51,6 +55,14 @@ class SubtractInit:
     def __call__(self, layer: Adaptable, op: LinOp, join: Join) -> Adaptable:
         """A new ordinary layer of its kind with the remainder as its matrix, in the original's dtype."""
         return cast("Adaptable", plain(layer, join.remainder(matrix(layer).detach(), op)))
+
+
+class Sharing(ABC):
+    """Where ops come from that may share tensors between sites."""
+
+    @abstractmethod
+    def begin(self) -> Callable[[str, Tensor], LinOp]:
+        """The start, (site, weight) -> op, for the sites of one model, between which tensors are shared."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,8 @@ class Adapted(nn.Module):
     of a layer with the folded one, such as `F.linear(x, weight, bias)`, for every sequence of joins. Raises
     `NotAdaptable` for a layer of no such kind.
 
+    An expert of a 3-D parameter becomes a `Slice` of it, and stands in a `Stacked` module that reads `weight`.
+
     >>> from subspan.adapt import Add
     >>> from subspan.ops import Dense
     >>> layer = Adapted(nn.Linear(1, 1, bias=False))
@@ -117,9 +131,10 @@ class Adapted(nn.Module):
     True
     """
 
-    def __init__(self, base: Adaptable) -> None:
+    def __init__(self, base: Adaptable | sites.Expert) -> None:
         super().__init__()
         require({"base": base})
+        base = Slice(base.weight, trains=False) if isinstance(base, sites.Expert) else base
         self.base = frozen(base)
         # In a tuple, so that it is not a submodule: what stood here before a start changed it, for its hash.
         self._origin: tuple[Adaptable, ...] = ()
@@ -135,8 +150,8 @@ class Adapted(nn.Module):
         """Put an adapter on top of the active ones and activate it; on an error nothing has changed.
 
         Which tensors of the op train is the op's own business. Raises ValueError for a name that is taken or
-        cannot be a key, for an op of another shape, and for a base policy that would change the layer under
-        other adapters.
+        cannot be a key, for an op of another shape, for a base policy that would change the layer under other
+        adapters, for a gate on what is no called linear layer, and for a join that reads the weight on a gate.
         """
         self._check_name(name)
         if op.shape != (self.out_features, self.in_features):
@@ -148,13 +163,30 @@ class Adapted(nn.Module):
             raise ValueError(
                 f"adapter {name!r}: {base!r} changes the base under {', '.join(self.adapters)}; merge those first"
             )
-        below = self.folded(self.active) if layer is self.base else seen(layer)
-        slot = Slot(op, join.at(below.weight.detach(), op)).train(self.training)
+        slot = self._bound(name, op, join, layer)
         if layer is not self.base:
             self._origin = (self.base,)
         self.base = frozen(layer)
         self.adapters[name] = slot
         self._active += (name,)
+
+    def _bound(self, name: str, op: LinOp, join: Join, layer: Adaptable) -> Slot:
+        """The op and the join bound to what it will stand on."""
+        if isinstance(join, Routed) and (self._use is not None or isinstance(layer, Slice)):
+            what = "an expert of a 3-D parameter is read" if self._use is None else "this looks up or convolves"
+            raise ValueError(
+                f"adapter {name!r}: {join!r} weighs experts by what a linear layer is called with, and {what}; "
+                "leave such layers out, or take an adapter with one weight, such as lora"
+            )
+        below = self.folded(self.active) if layer is self.base else seen(layer)
+        slot = Slot(op, join.at((self.ground if layer is self.base else below.weight).detach(), op))
+        if any(isinstance(self.slot(one).join, Routed) for one in self.active):
+            try:  # on nothing: whatever reads the weight below finds none
+                with torch.no_grad():
+                    slot.join.forward(below, op, matrix(self.base).new_zeros(1, self.in_features))
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r}: {join!r} cannot stand on a gate: {error}") from error
+        return slot.train(self.training)
 
     def _check_name(self, name: str) -> None:
         if name in self.adapters:
@@ -205,9 +237,20 @@ class Adapted(nn.Module):
         return self.folded(self._active)(x)
 
     @property
+    def ground(self) -> Tensor:
+        """The matrix (m, n) that a start looks at: folded of all active adapters but gates, which have none."""
+        fixed = (name for name in self._active if not isinstance(self.slot(name).join, Routed))
+        return self.folded(fixed).weight
+
+    @property
     def matrix(self) -> Tensor:
-        """The folded matrix (m, n), computed in float32 at least and cast once to the base's dtype."""
-        return self.folded(self._active).weight.to(matrix(self.base).dtype)
+        """The folded matrix (m, n), computed in float32 at least and cast once to the base's dtype.
+
+        Raises ValueError when a gate is active.
+        """
+        w = matrix(self.base)
+        with uncast(w.device.type):
+            return self.folded(self._active).weight.to(w.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -228,14 +271,16 @@ def adapt(adapter: Adapter, name: str = "default") -> Callable[[str, nn.Module],
     """The function that puts an adapter on a site: (site, module) -> module, what `edit` asks for.
 
     A layer becomes the base of a new `Adapted`. An `Adapted` is not changed: the result is a new one that shares
-    its base and adapters, so that the old one can be put back. Raises `NotAdaptable`, which is a TypeError and a
+    its base and adapters, so that the old one can be put back. Ask once for each model: a start that shares
+    tensors shares them between all sites of one such function. Raises `NotAdaptable`, which is a TypeError and a
     ValueError, for a module that `layers.refusal` refuses, and ValueError as `Adapted.add` does, naming the site.
     """
 
+    start = adapter.op.begin() if isinstance(adapter.op, Sharing) else adapter.op
+
     def make(site: str, module: nn.Module) -> nn.Module:
         adapted = _restack(site, module)
-        w = adapted.folded(adapted.active).weight.detach()
-        op = adapter.op(site, w)
+        op = start(site, adapted.ground.detach())
         try:
             adapted.add(name, op, adapter.join, adapter.base)
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 A layer that multiplies the last axis of its input (`nn.Linear`, transformers' `Conv1D`, `OpLinear`) is given to
 joins as it is, or as a `View`. A convolution multiplies patches, and a table is looked up: these become `Flat`.
+One expert of a 3-D parameter is never called: its adapted matrix is read by the module that keeps them all.
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ def refusal(module: nn.Module) -> str:
     kind = site.kind_of(module)
     if kind is None:
         return f"it is none of {KNOWN}, or has a forward of its own"
-    if not kind.called:
-        return "it is one expert of a 3-D parameter, which passes through no module that could hold an adapter"
     # A convolution in groups is several matrices to a compression, and one tensor to change for an adapter.
     why = "" if isinstance(module, site.CONVOLUTIONS) else kind.refusal(module)
     return f"it {why}" if why else ""

@@ -62,7 +62,8 @@ class Rotate(nn.Module):
         """base(x R) + op(x R): the inputs are turned, not the weight."""
         turn = self.bound()
         turned = turn.back(x.to(turn.q.dtype)).to(x.dtype)
-        return base(turned) + apply(op, turned)
+        y = base(turned)
+        return y + apply(op, turned).to(y.dtype)
 
     def remainder(self, w: Tensor, op: LinOp) -> Tensor:
         """w - op, (m, n): a fresh rotation turns nothing."""

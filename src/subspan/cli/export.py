@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from subspan.cli.common import Debug, Device, DType, Force, Json, Model, Out, Result
-from subspan.hosts import folders, jobs
+from subspan.hosts import jobs
 from subspan.hosts.export import export_dense, export_peft
 
 EXAMPLE = "subspan export out --to dense -o dense"
@@ -47,7 +47,7 @@ def run(
     The export is read back, and is kept only if it gives the model's logits. An adapter on the model is merged.
     """
     jobs.vacant(out, force=force, reads=[model])
-    kept = dtype or str(folders.stored_dtype(model)).removeprefix("torch.")
+    kept = dtype or str(jobs.stored_dtype(model)).removeprefix("torch.")
     loaded = jobs.opened(model, dtype=kept, device=device, merged=True)
     export = export_dense if to is Target.dense else export_peft
     done = export(loaded, out, force=force)

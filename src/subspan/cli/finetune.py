@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from subspan.cli.common import (
     Select,
     Steps,
     Window,
+    mebibytes,
     note,
     outcome,
 )
@@ -35,6 +37,7 @@ from subspan.hosts.transformers import LoadedModel
 from subspan.inspect import Report, loss_curves, write_page
 from subspan.methods import find
 from subspan.optim import checkpoint
+from subspan.optim.state import storage_bytes
 
 EXAMPLE = "subspan finetune smollm2 --method lora --data @code --steps 20 -o runs/lora"
 
@@ -70,6 +73,17 @@ Resume = Annotated[
 ]
 Page = Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write a page with the loss curves.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="An adapter's scale is alpha / rank.")]
+TrainAlso = Annotated[
+    str | None,
+    typer.Option(
+        "--train-also",
+        metavar="PATTERN",
+        help="Modules to train whole beside an adapter, e.g. 'lm_head|*norm'; OUT is then a folder of PEFT.",
+    ),
+]
+BaseBits = Annotated[
+    int | None, typer.Option("--base-bits", help="Hold the layers under an adapter in 4 or 8 bits, as QLoRA does.")
+]
 
 
 def run(
@@ -80,6 +94,8 @@ def run(
     select: Select = None,
     rank: Rank = None,
     alpha: Alpha = None,
+    train_also: TrainAlso = None,
+    base_bits: BaseBits = None,
     every: Every = None,
     teacher: Teacher = None,
     lr: Rate = None,
@@ -103,39 +119,79 @@ def run(
 
     The text may also be prompts with completions, or conversations, as rows of jsonl. The last tenth is held out,
     and what is saved is the best state by it. An adapter is saved alone and names its base; the other kinds save
-    the whole model. In train.json lies every loss.
+    the whole model. With --train-also it is a folder of PEFT. In train.json lies every loss.
     """
-    find(method)
+    require_adapter(method, train_also=train_also, base_bits=base_bits)
     master = lessons.teacher_for(method, model, teacher)
     jobs.vacant(out, force=force, reads=[model, *data, *([] if master is None else [master])])
     partial = room(out, resume=resume, force=force) if resume or checkpoint_every else None
     count = None if rank is None else lessons.parse_rank(rank)
     loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed)
+    few = None if base_bits is None else narrowed(loaded, base_bits, str(dtype.value))
     found = material(loaded, data, window)
     above = None if master is None else jobs.opened(master, dtype=dtype, device=device, merged=True).model
     look = lessons.glance(found, batch, seed=seed, device=jobs.device_of(loaded.model))
-    learns = lessons.learning(
-        loaded.model, method, steps=steps, select=select, rank=count, alpha=alpha, every=every, teacher=above,
-        look=look,
+    learns, whole = begun(
+        loaded, method, few, train_also, steps=steps, select=select, rank=count, alpha=alpha, every=every,
+        teacher=above, look=look,
     )  # fmt: skip
     rate = lessons.default_lr(method, scratch=False) if lr is None else lr
     about = {"method": method, "args": learns.args, "lr": rate, "seed": seed, "data": data}
-    about |= {} if master is None else {"teacher": master}
+    about |= known(teacher=master, quantized=few, train_also=None if whole is None else list(whole.modules))
     facts = {
         **about, "model": model, "select": select, "steps": steps, "batch": batch, "dtype": str(dtype.value),
         "validate_every": validate_every, "patience": patience, "best": best, "tokens": digest(found),
     }  # fmt: skip
-    keeping = keep.Keeping(best, patience, partial, checkpoint_every, resume, facts)
     history = lessons.fit(
         loaded.model, learns, found, steps=steps, batch=batch, lr=rate, seed=seed, label=method,
-        every=validate_every, keeping=keeping,
+        every=validate_every, keeping=keep.Keeping(best, patience, partial, checkpoint_every, resume, facts),
     )  # fmt: skip
-    save(out, loaded, learns, about, notes=lessons.diary(history, about), force=force)
+    save(out, loaded, learns, about, whole=whole, notes=lessons.diary(history, about), force=force)
     if partial is not None:
         keep.clear(partial)
     if report is not None:
         write_page(page(history, method, seed), report)
     return told(out, title(method, steps, history), about, lessons.summary(history, learns))
+
+
+def require_adapter(method: str, **given: object) -> None:
+    """Raise ValueError for an option that only adapters have."""
+    kind = find(method).kind
+    if kind != "adapter" and (used := [name for name, value in given.items() if value is not None]):
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in used)
+        raise ValueError(
+            f"{options} is for adapters, and {method} is none (it is of the kind {kind}); leave it out"
+        )
+
+
+def known(**facts: object) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def narrowed(loaded: LoadedModel, bits: int, dtype: str) -> dict[str, Any]:
+    """Hold the base in few bits, and say what that saves."""
+    before = storage_bytes(loaded.model.state_dict().values())
+    few = jobs.narrow_base(loaded.model, bits, dtype)
+    after = storage_bytes(loaded.model.state_dict().values())
+    note(f"the base takes {mebibytes(after)} instead of {mebibytes(before)}")
+    return few
+
+
+def begun(
+    loaded: LoadedModel, method: str, few: dict[str, Any] | None, train_also: str | None, **given: Any
+) -> tuple[lessons.Learning, keep.Whole | None]:
+    """What learns, and the modules that learn whole with it, of which it is said what is no longer tied."""
+    learns = lessons.learning(loaded.model, method, **given)
+    if few is not None:
+        jobs.require_narrow(loaded.model, method)
+    if train_also is None:
+        return learns, None
+    whole = keep.train_whole(loaded.model, train_also)
+    note(f"training whole: {', '.join(whole.modules)}")
+    for name, other in whole.untied.items():
+        note(f"{name} shared its weight with {other}; it has its own now, and {other} keeps the old one")
+    return replace(learns, named=[*learns.named, *whole.named]), whole
 
 
 def told(out: Path, what: str, about: dict[str, Any], result: dict[str, Any]) -> Result:
@@ -205,11 +261,14 @@ def save(
     learns: lessons.Learning,
     about: dict[str, Any],
     *,
+    whole: keep.Whole | None = None,
     notes: dict[str, Any],
     force: bool,
 ) -> None:
-    """Write what was trained: an adapter alone, anything else as a whole model."""
-    if learns.kind == "adapter":
+    """Write what was trained: an adapter alone, or with modules for PEFT, anything else as a whole model."""
+    if whole is not None:
+        keep.save_whole(out, loaded, whole.modules, about, notes=notes, force=force)
+    elif learns.kind == "adapter":
         folders.save_adapter(
             out, loaded.model, method=about["method"], args=learns.args, source=loaded.source,
             about=about, notes=notes, force=force,

@@ -21,6 +21,7 @@ from subspan.hosts import quantizer
 from subspan.hosts import transformers as host
 from subspan.hosts.transformers import LoadedModel
 from subspan.methods import build
+from subspan.ops.experts import Slice, Stacked, expert_layers, transposed
 
 
 def open_model(
@@ -125,12 +126,14 @@ def save_adapter(
             )
     with io.staged(out, force=force) as folder:
         own = added(model)
-        io.write_tensors(folder / io.WEIGHTS, own)
+        io.write_tensors(folder / io.WEIGHTS, own, tied=True)
         dtype = next(p.dtype for name, p in model.named_parameters() if name not in own)
         where = str(Path(source).resolve()) if Path(source).is_dir() else source
         base = {"source": where, "sha256": fingerprint(model), "dtype": str(dtype).removeprefix("torch.")}
         what = {"kind": "adapter", "method": method, "args": dict(args), "base": base, "sites": sites}
-        io.write_about(folder, {**what, **(about or {})})
+        experts = [site for site, adapted in found.items() if isinstance(adapted.origin, Slice)]
+        more = {"experts": experts} if experts else {}
+        io.write_about(folder, {**what, **more, **(about or {})})
         write_notes(folder, notes)
     return Path(out)
 
@@ -181,7 +184,21 @@ def fingerprint(model: nn.Module) -> str:
                 del state[name]
             state |= module.origin.state_dict(prefix=f"{site}.")
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name, parts in sorted(unsliced(model, state).items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        for part in parts:
+            digest.update(part.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def unsliced(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """A state in which 3-D parameters whose experts stand apart have their old names, as one part an expert."""
+    made = {name: [tensor] for name, tensor in state.items()}
+    for place, owner in quantizer.stacks(model).items():
+        inside = f"{place}." if place else ""
+        for key in owner.stacks if isinstance(owner, Stacked) else ():
+            names = [f"{inside}{i}.{key}.weight" for i in range(len(expert_layers(owner, key)))]
+            if all(name in made for name in names):
+                parts = [made.pop(name)[0] for name in names]
+                made[f"{inside}{key}"] = [part.mT for part in parts] if transposed(owner) else parts
+    return made

@@ -11,19 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspan import io
 from subspan.adapt import Adapted, merge
 from subspan.budget import Bytes, Energy, Err, Ratio
 from subspan.compress import Calibration, Compression, OneShot, Study, Track, Walk, study
 from subspan.edit import Edit, edit
-from subspan.hosts import folders, text
+from subspan.hosts import folders, quantizer, text
 from subspan.hosts.meter import Meter
+from subspan.hosts.peft_read import AdapterFolder, base_of, is_adapter, read_adapter
 from subspan.hosts.score import decode_speed, nll
 from subspan.hosts.transformers import LoadedModel
 from subspan.methods import build
 from subspan.metric import MEASURES
+from subspan.ops.experts import whole
 from subspan.plan import Plan
 from subspan.select import Select
 
+# Entries of a row that share a scale in a base of few bits, as in QLoRA.
+BLOCK = 64
 Json = dict[str, Any]
 Size = Err | Ratio | Bytes | Energy
 TARGETS: dict[str, Callable[[Any], Size]] = {"err": Err, "ratio": Ratio, "bytes": Bytes, "energy": Energy}
@@ -66,20 +71,83 @@ def place(name: str) -> torch.device:
 def opened(name: str, *, dtype: str, device: str, seed: int = 0, merged: bool = False) -> LoadedModel:
     """Seed torch and open a model in the named precision; `merged` folds its adapters into plain layers.
 
-    Raises what `open_model` and `place` raise.
+    A folder of PEFT opens on the base it names. Raises what `open_model`, `read_adapter` and `place` raise.
     """
     torch.manual_seed(seed)
-    source = name if name == "smollm2" else str(Path(name).absolute())
-    loaded = folders.open_model(source, dtype=getattr(torch, dtype), device=place(device), progress=True)
+    source, kept = name if name == "smollm2" else str(Path(name).absolute()), getattr(torch, dtype)
+    if _needs_help(source):
+        saved = read_adapter(source)
+        loaded, _ = put_on(base_of(saved), saved, dtype=kept, device=place(device), progress=True)
+        folders.cast(loaded.model, kept)
+        loaded = replace(loaded, source=source)
+    else:
+        loaded = folders.open_model(source, dtype=kept, device=place(device), progress=True)
     if merged:
         fold(loaded.model)
+        if quantizer.few_bits(source) is not None:
+            quantizer.widen(loaded.model)
     return loaded
 
 
+def stored_dtype(name: str) -> torch.dtype:
+    """The precision that a model lies in on disk, or of an adapter's folder, its base; float32 when none says."""
+    alone = name == "smollm2" or (Path(name) / io.ABOUT).is_file() or not is_adapter(name)
+    return folders.stored_dtype(name if alone else base_of(read_adapter(name)))
+
+
+def _needs_help(source: str) -> bool:
+    """Whether a folder holds an adapter that `open_model` does not open: of PEFT, or on a base of few bits."""
+    if source == "smollm2" or not is_adapter(source):
+        return False
+    return not (Path(source) / io.ABOUT).is_file() or quantizer.few_bits(source) is not None
+
+
+def put_on(
+    model: str,
+    saved: AdapterFolder,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    name: str = "default",
+    progress: bool = False,
+) -> tuple[LoadedModel, Edit]:
+    """Open a model and put an adapter on it, on a base of as many bits as it was trained on.
+
+    In the precision that the adapter's numbers depend on, else in `dtype`. Raises what `open_model` and the
+    adapter's `put` raise.
+    """
+    few = quantizer.few_bits(saved.path)
+    own = saved.dtype or (few["dtype"] if few else dtype)
+    loaded = folders.open_model(model, dtype=own, device=device, progress=progress)
+    if few and not any(map(quantizer.narrowed, loaded.model.modules())):
+        quantizer.narrow(loaded.model, few["bits"], block=few["block"])
+    return loaded, saved.put(loaded.model, name)
+
+
+def narrow_base(model: nn.Module, bits: int, dtype: str) -> Json:
+    """Hold the layers of a model in few bits, as a base for adapters; returns what a folder says of it."""
+    quantizer.narrow(model, bits, block=BLOCK)
+    return {"bits": bits, "block": BLOCK, "dtype": dtype}
+
+
+def require_narrow(model: nn.Module, method: str) -> None:
+    """Raise ValueError when an adapter changed its base as it started, which is then no longer of few bits."""
+    if wide := [n for n, m in model.named_modules() if isinstance(m, Adapted) and m.origin is not m.base]:
+        raise ValueError(
+            f"{method} changes the base when it starts ({wide[0]}), which would lie in full precision again; "
+            "use a method that leaves it alone, such as lora, or train without --base-bits"
+        )
+
+
 def fold(model: nn.Module) -> int:
-    """Replace every adapted layer by a plain one with the adapters merged; returns how many there were."""
+    """Replace every adapted layer by a plain one with the adapters merged; returns how many there were.
+
+    Experts of a 3-D parameter become one again.
+    """
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
     edit(model, list(adapted), lambda name, _: merge(adapted[name]))
+    again = {name: new for name, m in quantizer.stacks(model).items() if (new := whole(m)) is not m}
+    edit(model, list(again), lambda name, _: again[name])
     return len(adapted)
 
 

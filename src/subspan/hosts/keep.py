@@ -1,19 +1,29 @@
-"""What a training run keeps: its history, its best state so far, and checkpoints to go on from."""
+"""What a training run keeps: its history, its best state, checkpoints to go on from, modules trained whole."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from subspan import io
+from subspan.adapt import Adapted
+from subspan.edit import edit, sharers
+from subspan.hosts import folders
+from subspan.hosts.peft import check_modules, layers_of, save_peft
+from subspan.hosts.peft_write import factor_of, type_of, written_as
+from subspan.hosts.transformers import LoadedModel
+from subspan.ops import OpLayer
 from subspan.optim import Optim, checkpoint
+from subspan.select import Select, matcher, pick
 
 BEST = "best/"
 
@@ -183,3 +193,82 @@ def clear(folder: Path) -> None:
     """Remove the checkpoints of a run that is finished, if there are any."""
     if folder.is_dir() and ours(folder):
         shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Modules that train whole beside an adapter: their names, their parameters by name, and what was untied.
+
+    `untied` names those that shared a weight, each with the module that it was shared with and that keeps it.
+    """
+
+    modules: tuple[str, ...]
+    named: list[tuple[str, nn.Parameter]]
+    untied: Mapping[str, str]
+
+
+def train_whole(model: nn.Module, select: Select) -> Whole:
+    """Let further modules of an adapted model train whole, in place, as PEFT does with its `modules_to_save`.
+
+    A pattern names modules that hold parameters and no modules, such as `lm_head` or `*.norm`. One that shares its
+    weight gets a copy of its own. Raises ValueError when an alternative of the pattern matches none, for a layer
+    that carries an adapter or is compressed, and when no folder of PEFT could hold modules and adapter.
+    """
+    layers, wanted = layers_of(model), matcher(select)
+    require_peft(layers)
+    if taken := [n for n, m in layers.items() if isinstance(m, Adapted | OpLayer) and wanted(n)]:
+        held = "carries an adapter" if isinstance(layers[taken[0]], Adapted) else "is compressed"
+        raise ValueError(f"{taken[0]} {held} and cannot train whole too; leave it out with '!{taken[0]}'")
+    single = [n for n, m in layers.items() if (own := _own(m)) and own == m.state_dict().keys()]
+    for part in select.split("|") if isinstance(select, str) else ():
+        if part.strip() and not part.strip().startswith("!"):
+            pick(single, part, what="module that can train whole")
+    names = pick(single, select, what="module that can train whole")
+    check_modules(layers, names)
+    untied: dict[str, str] = {}
+    for name in names:
+        shared = sharers(model)
+        holders = [other for p in model.get_submodule(name).parameters() for other in shared.get(id(p), ())]
+        if others := [other for other in holders if other != name]:
+            untied[name] = others[0]
+            edit(model, [name], lambda _, old: copy.deepcopy(old))
+    named = [(f"{n}.{key}", p) for n in names for key, p in model.get_submodule(n).named_parameters()]
+    for _, parameter in named:
+        parameter.requires_grad_(True)
+    return Whole(tuple(names), named, untied)
+
+
+def _own(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_parameters(recurse=False)}
+
+
+def require_peft(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError, as `save_peft` does, for an adapter on these layers that no folder of PEFT holds."""
+    found = {site: m for site, m in layers.items() if isinstance(m, Adapted)}
+    kind = type_of(found, layers="all")
+    if kind == "LORA":
+        factor_of(*next(iter(found.items())))
+    else:
+        written_as(kind, found)
+
+
+def save_whole(
+    out: str | Path,
+    loaded: LoadedModel,
+    modules: Sequence[str],
+    about: Mapping[str, Any],
+    *,
+    notes: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write an adapter and the modules that trained whole with it as a folder of PEFT; see `io.staged`.
+
+    Of `about`, `method` says what it is, and a base that was quantized to train on is written down beside it.
+    """
+    base = str(Path(loaded.source).resolve()) if Path(loaded.source).is_dir() else loaded.source
+    with io.staged(out, force=force) as folder:
+        save_peft(loaded.model, folder, modules_to_save=modules, base=base, rslora=about.get("method") == "rslora")
+        if "quantized" in about:
+            io.write_about(folder, {"kind": "peft", "sites": [], **about})
+        folders.write_notes(folder, notes)
+    return Path(out)

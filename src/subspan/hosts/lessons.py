@@ -18,7 +18,7 @@ from subspan.adapt import AdaLora, Adapted, Adapter, FromData, RankSchedule, ada
 from subspan.adapt.layers import refusal, require
 from subspan.compress import Calibration
 from subspan.distill import Distill
-from subspan.edit import edit, sharers, sites
+from subspan.edit import edit, matrices, sharers, sites
 from subspan.heal import Factors, Named, only
 from subspan.hosts import samples, text
 from subspan.hosts.folders import added
@@ -44,7 +44,7 @@ FINETUNE_LR = {
     "adamw": 5e-5, "galore": 2e-4, "fira": 2e-4, "frugal": 5e-5, "mezo": 1e-6,
     "lora": 1e-3, "rslora": 1e-3, "dora": 1e-3, "pissa": 3e-4, "welore_peft": 3e-4, "full": 5e-5, "adalora": 1e-3,
     "lora_plus": 5e-4, "lora_pro": 1e-3, "riemannian_lora": 1e-3,
-    "eva": 5e-4, "lora_ga": 1e-4, "lora_one": 2e-4, "lora_sb": 1e-3,
+    "eva": 5e-4, "lora_ga": 1e-4, "lora_one": 2e-4, "lora_sb": 1e-3, "moe_lora": 1e-3, "mos": 1e-3,
     "pela": 5e-5,
 }  # fmt: skip
 
@@ -152,7 +152,8 @@ def prepared(
 
     Raises what `adapt.prepare` raises.
     """
-    found = {name: model.get_submodule(name) for name in names}
+    experts = matrices(model)
+    found = {name: experts[name] if name in experts else model.get_submodule(name) for name in names}
     made = prepare(adapter, model, found, look or Calibration())
     idle = made.op.idle if isinstance(made.op, FromData) else set()
     return made, [name for name in names if name not in idle]
@@ -178,14 +179,14 @@ def forward_sample(model: nn.Module, batch: samples.Padded) -> object:
 def adaptable(model: nn.Module, select: Select | None = None) -> list[str]:
     """The layers that adapters go on: as `edit.sites` chooses, and the compressed among those.
 
-    Experts of 3-D parameters, which cannot carry one, are left out unless they are named. Raises `NotAdaptable`,
-    and what `edit.sites` and `select.pick` raise.
+    Experts of 3-D parameters, whose matrices are formed anew in every call, are left out unless they are named.
+    Raises `NotAdaptable`, and what `edit.sites` and `select.pick` raise.
     """
     fit = {n: m for n, m in model.named_modules() if not refusal(m)}
     kind = OpLinear if select is None else OpLayer
     found = {n: m for n, m in fit.items() if isinstance(m, kind) or ((k := kind_of(m)) is not None and k.usual)}
     if not any(isinstance(m, OpLayer) for m in found.values()):
-        chosen = sites(model, select)
+        chosen = sites(model, select, grouped="take")
         able = {n: m for n, m in chosen.items() if select is not None or n in fit} or chosen
         require(able)
         return list(able)
@@ -193,7 +194,7 @@ def adaptable(model: nn.Module, select: Select | None = None) -> list[str]:
         picked = pick(found, select, what="linear layer")
         plain = {name for name in picked if not isinstance(found[name], OpLayer)}
         if plain:  # refuses those that share their weight
-            sites(model, plain.__contains__)
+            sites(model, plain.__contains__, grouped="take")
         return picked
     shared = sharers(model)
     free = [n for n, m in found.items() if isinstance(m, OpLinear) or id(parameter(m)) not in shared]
@@ -321,7 +322,8 @@ def keeper_for(
 ) -> Keeper:
     """What keeps the trained tensors; its checkpoints hold the adapters' fixed ones and the ranks' state too."""
     trained = dict(learns.named)
-    fixed = {name: t for name, t in added(model).items() if name not in trained}
+    known = {id(t) for t in trained.values()}
+    fixed = {name: t for name, t in added(model).items() if id(t) not in known}
     moving = {} if schedule is None else {f"ranks/{key}": t for key, t in schedule.state_dict().items()}
     since = 1 if schedule is None else schedule.rule.settled
     return Keeper(trained, optimizer, keeping, more=fixed | moving, since=since)

@@ -16,20 +16,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspan import io
-from subspan.adapt import Adapted, Adapter, Add, FromWeight, Rescale, SubtractInit, adapt
+from subspan import io, shards
+from subspan.adapt import Adapted, Adapter, Add, FromWeight, SubtractInit, adapt
+from subspan.adapt.layers import Use, use_of
 from subspan.adapt.layers import matrix as matrix_of
-from subspan.adapt.layers import use_of
 from subspan.edit import Edit, Make, edit
 from subspan.hosts.peft_config import AUTOMATIC, PeftConfig, read_config
 from subspan.hosts.peft_given import Given
-from subspan.hosts.peft_keys import MU, PICKLE, PREFIX, TENSORS, Parts, Triple, U, V, hint, some, sort_tensors
-from subspan.hosts.peft_parts import Written
-from subspan.hosts.peft_types import TYPES, layout_of
-from subspan.hosts.peft_write import Factor, write_parts, write_peft
-from subspan.linalg import svd, wide
-from subspan.ops import LinOp, LowRank, OpLinear, Scaled, Sum
-from subspan.site import conv1d, kind_of, matrix
+from subspan.hosts.peft_keys import (
+    MU,
+    PICKLE,
+    PREFIX,
+    TENSORS,
+    Form,
+    Parts,
+    Triple,
+    U,
+    V,
+    hint,
+    some,
+    sort_tensors,
+)
+from subspan.hosts.peft_types import TYPES
+from subspan.hosts.peft_write import (
+    class_of,
+    form_of,
+    resharded,
+    unlike,
+    unwrapped,
+    write_once,
+    write_parts,
+    write_peft,
+)
+from subspan.hosts.peft_write import factor_of as factor_of
+from subspan.hosts.peft_write import low_rank as low_rank
+from subspan.hosts.peft_write import type_of as type_of
+from subspan.hosts.peft_write import written_as as written_as
+from subspan.linalg import wide
+from subspan.ops import LowRank, OpLayer, OpLinear
+from subspan.site import conv1d, kind_of
 
 INDEX = ".shira_indices"
 
@@ -38,7 +63,8 @@ INDEX = ".shira_indices"
 class PeftFolder:
     """An adapter folder of PEFT, read and found consistent.
 
-    `parts` are the tensors of each site by PEFT's names, `shared` those of all sites.
+    `parts` are the tensors of each site by PEFT's names, `shared` those of all sites. A LoRA's are matrices, also
+    where PEFT keeps them otherwise: at the sites of `forms`.
     """
 
     path: Path
@@ -47,6 +73,7 @@ class PeftFolder:
     shared: Mapping[str, Tensor]
     whole: Mapping[str, Tensor]
     bases: Mapping[str, Tensor]
+    forms: Mapping[str, tuple[int, ...]]
 
     @property
     def sites(self) -> dict[str, Triple]:
@@ -157,19 +184,25 @@ def check_fits(model: nn.Module, saved: PeftFolder) -> None:
             f"{hint(lost, modules) or '; it belongs to another model'}"
         )
     have = {site: tuple(_weight(modules[site]).shape) for site in saved.parts}
-    if other := [f"{site} {wrong}" for site, shape in have.items() if (wrong := _misfit(saved, site, shape))]:
+    for site in saved.parts if saved.config.kind == "LORA" else ():
+        if why := unlike(_use(modules[site]), dora=saved.config.dora):
+            raise ValueError(f"{saved.path}: {site} {why}; it is not read")
+    if other := [f"{s} {wrong}" for s, size in have.items() if (wrong := _misfit(saved, modules[s], s, size))]:
         raise ValueError(
             f"{saved.path} was made for layers of other shapes: {some(other)}; it belongs to another model"
         )
     _check_targets(model, saved, modules)
     for site, base in saved.bases.items():
-        if not (own := _weight(modules[site]).detach()).is_meta:
+        if not (own := shards.whole(_weight(modules[site]).detach())).is_meta:
             check_base(saved.path, site, base, own.cpu())
     _check_whole(model, saved, modules)
 
 
-def _misfit(saved: PeftFolder, site: str, have: tuple[int, ...]) -> str:
+def _misfit(saved: PeftFolder, module: nn.Module, site: str, have: tuple[int, ...]) -> str:
     """How the tensors of a site contradict a layer of that shape, under their config; empty if they fit."""
+    form, wanted_form = saved.forms.get(site), form_of(_use(module))
+    if saved.config.kind == "LORA" and form != wanted_form:
+        return f"{_named_form(form)} there, {_named_form(wanted_form)} here"
     told = saved.shapes[site]
     if len(have) != 2 or any(size is not None and size != own for size, own in zip(told, have, strict=True)):
         there = ", ".join("any" if size is None else str(size) for size in told)
@@ -205,7 +238,7 @@ def check_base(path: Path, site: str, saved: Tensor, own: Tensor) -> None:
 def _check_targets(model: Any, saved: PeftFolder, modules: Mapping[str, nn.Module]) -> None:
     config = saved.config
     kinds = (nn.Linear, OpLinear, Adapted, *([turned] if (turned := conv1d()) else []))
-    linear = [name for name, m in modules.items() if isinstance(m, kinds)]
+    linear = [name for name, m in modules.items() if isinstance(m, kinds) and _use(m) is None]
     head = next((n for n, m in modules.items() if _is_head(model, m)), None)
     targeted = config.targeted(modules, linear, head)
     if config.targets is not None and not targeted:
@@ -258,115 +291,63 @@ def save_peft(
     LoRA and rsLoRA keep their factors. An adapter that changed the base when it started (PiSSA, MiLoRA) becomes
     a LoRA of twice the rank, u v - u0 v0, relative to the original. The other types of `peft_types.TYPES` keep
     their tensors. `modules_to_save` names modules that are written whole; `rslora` writes alpha for a scale of
-    alpha / sqrt(rank). Raises ValueError for a model without that adapter, for one that PEFT has no type for or
+    alpha / sqrt(rank). A LoRA may stand on convolutions and embeddings, where it is PEFT's (`peft_write.unlike`).
+
+    Where parameters are cut over processes (FSDP2), all processes must call this, for all are asked for their
+    parts; the first one writes, and all return when the folder is there. Where every process has copies (DDP),
+    one of them calls it. Raises ValueError for a model without that adapter, for one that PEFT has no type for or
     no config, and for a DoRA or a rotation on top of another adapter; see `io.staged`.
     """
-    found = {site: m for site, m in layers_of(model).items() if isinstance(m, Adapted) and name in m.adapters}
+    together, layers = resharded(model), layers_of(model)
+    found = {site: m for site, m in layers.items() if isinstance(m, Adapted) and name in m.adapters}
     if not found:
         raise ValueError(f"{type(model).__name__} carries no adapter {name!r}; adapt it first")
-    kind = type_of(found, name)
-    names, whole = list(layers_of(model)), _whole(model, modules_to_save)
+    kind, model_class = type_of(found, name, layers="all"), class_of(unwrapped(model)[""])
+    names, whole = list(layers), _whole(model, modules_to_save)
     if kind == "LORA":
         factors = {site: factor_of(site, module, name) for site, module in found.items()}
+        for site, factor in factors.items():
+            if why := unlike(_use(found[site]), dora=factor.mu is not None):
+                raise ValueError(f"{site} {why}; merge it first")
     else:
         written = written_as(kind, found, name)
-    with io.staged(out, force=force) as folder:
-        if kind == "LORA":
-            write_peft(
-                folder, factors, names=names, whole=whole, base=base, rslora=rslora, dtype=dtype, kind=type(model)
-            )
-        else:
-            write_parts(folder, TYPES[kind], kind, written, names=names, whole=whole, base=base, dtype=dtype,
-                        model=type(model))  # fmt: skip
+    forms = {site: form_of(_use(module)) for site, module in found.items()}
+
+    def write() -> None:
+        with io.staged(out, force=force) as folder:
+            if kind == "LORA":
+                write_peft(folder, factors, names=names, whole=whole, base=base, rslora=rslora, dtype=dtype,
+                           kind=model_class, forms=forms)  # fmt: skip
+            else:
+                write_parts(folder, TYPES[kind], kind, written, names=names, whole=whole, base=base, dtype=dtype,
+                            model=model_class)  # fmt: skip
+
+    write_once(write, together=together)
     return Path(out)
-
-
-def type_of(found: Mapping[str, Adapted], name: str = "default") -> str:
-    """PEFT's type of an adapter, LORA where no other fits; raises ValueError for sites of two types."""
-    if odd := [site for site, module in found.items() if use_of(module.base) is not None]:
-        raise ValueError(
-            f"{odd[0]}: adapters of convolutions and embeddings are not written for PEFT yet; merge them first"
-        )
-    kinds = {site: layout_of(m.slot(name).op, m.slot(name).join) or "LORA" for site, m in found.items()}
-    if len(set(kinds.values())) > 1:
-        told = ", ".join(f"{site} is {kind}" for site, kind in list(kinds.items())[:4])
-        raise ValueError(f"a folder of PEFT has one type for all layers, but {told}; give them other names")
-    return next(iter(kinds.values()))
-
-
-@torch.no_grad()
-def written_as(kind: str, found: Mapping[str, Adapted], name: str = "default") -> Written:
-    """An adapter as the tensors and fields of one of PEFT's types; raises ValueError for what that cannot hold."""
-    layout = TYPES[kind]
-    for site, module in found.items():
-        if next(iter(module.adapters)) == name and module.origin is not module.base:
-            raise ValueError(
-                f"{site}: adapter {name!r} changed the base when it started, "
-                f"which PEFT's {layout.label} cannot say; "
-                "approximate it with `subspan adapter convert --to lora --rank N`"
-            )
-        if layout.turns and next(iter(module.adapters)) != name:
-            raise ValueError(
-                f"{site}: adapter {name!r} is {layout.label} on top of other adapters, which PEFT has not; "
-                "merge those first"
-            )
-    if layout.write is None:
-        raise ValueError(f"{kind} is written from its factors; see factor_of")
-    return layout.write({site: module.slot(name) for site, module in found.items()})
-
-
-@torch.no_grad()
-def factor_of(site: str, module: Adapted, name: str = "default") -> Factor:
-    """An adapter of one site as scale * u @ v (and mu) relative to the original base; raises as `save_peft`."""
-    slot = module.slot(name)
-    low = low_rank(slot.op)
-    if low is None or not isinstance(slot.join, Add | Rescale):
-        raise ValueError(
-            f"{site}: {type(slot.op).__name__} joined by {type(slot.join).__name__} is no LoRA; "
-            "approximate it with `subspan adapter convert --to lora --rank N`"
-        )
-    u, v, scale = low.u.detach(), low.v.detach(), slot.join.scale
-    first = next(iter(module.adapters)) == name
-    if isinstance(slot.join, Rescale):
-        if not first or module.origin is not module.base or slot.join.mu is None:
-            raise ValueError(
-                f"{site}: adapter {name!r} is a DoRA on top of other adapters, "
-                "which PEFT has not; merge those first"
-            )
-        return Factor(u, v, scale, slot.join.mu.detach())
-    if first and module.origin is not module.base:
-        taken = wide(matrix_of(module.origin).detach()) - wide(matrix_of(module.base).detach())
-        a, s, bh = svd(taken)
-        root = (s[: low.rank] / scale).sqrt()
-        u = torch.cat([u, (-a[:, : low.rank] * root).to(u)], dim=1)
-        v = torch.cat([v, (root[:, None] * bh[: low.rank]).to(v)])
-    return Factor(u, v, scale)
-
-
-def low_rank(op: LinOp) -> LowRank | None:
-    """The op as one pair of factors, if it is that up to a number."""
-    if isinstance(op, Scaled):
-        inner = low_rank(op.op)
-        return None if inner is None else LowRank(op.scale * inner.u.detach(), inner.v.detach())
-    if isinstance(op, Sum):
-        parts = [part for part in map(low_rank, op.ops) if part is not None]
-        if len(parts) == len(op.ops):
-            return LowRank(torch.cat([p.u.detach() for p in parts], 1), torch.cat([p.v.detach() for p in parts]))
-    return op if isinstance(op, LowRank) else None
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The modules by name, without the insides of adapted layers; tied ones under each of their names."""
-    found = dict(model.named_modules(remove_duplicate=False))
+    found = unwrapped(model)
     inside = tuple(f"{name}." for name, m in found.items() if isinstance(m, Adapted | OpLinear))
     return {name: m for name, m in found.items() if name and not name.startswith(inside)}
 
 
-def _whole(model: nn.Module, modules: Sequence[str]) -> dict[str, Tensor]:
-    have = layers_of(model)
+def check_modules(have: Mapping[str, nn.Module], modules: Sequence[str]) -> None:
+    """Raise ValueError for modules to save that are not there, and where PEFT would take others for them too."""
     if lost := [name for name in modules if name not in have]:
         raise ValueError(f"the model has no module {some(lost)} to save whole; give full names, such as 'lm_head'")
-    return {f"{n}.{key}": t.clone() for n in modules for key, t in have[n].state_dict().items()}
+    for other, name in ((other, name) for name in modules for other in have if other.endswith(name)):
+        if other not in modules:
+            raise ValueError(
+                f"PEFT finds {name} by the end of its name, and would save {other} whole too; name both or none"
+            )
+
+
+def _whole(model: nn.Module, modules: Sequence[str]) -> dict[str, Tensor]:
+    have = layers_of(model)
+    check_modules(have, modules)
+    return {f"{n}.{key}": shards.whole(t).clone() for n in modules for key, t in have[n].state_dict().items()}
 
 
 def _by_module(whole: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -386,9 +367,17 @@ def _replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def _weight(module: nn.Module) -> Tensor:
     """The matrix (out, in) of a layer; empty for what is none."""
-    if isinstance(module, Adapted | OpLinear):
-        return module.weight
-    return matrix(module) if kind_of(module) is not None else torch.empty(0)
+    if isinstance(module, Adapted):
+        return matrix_of(module.origin)
+    return matrix_of(module) if kind_of(module) is not None or isinstance(module, OpLayer) else torch.empty(0)
+
+
+def _use(module: nn.Module) -> Use | None:
+    return use_of(module.base if isinstance(module, Adapted) else module)
+
+
+def _named_form(form: Form) -> str:
+    return "a linear layer" if form is None else f"a convolution of {form}" if form else "an embedding"
 
 
 def _is_head(model: Any, module: nn.Module) -> bool:

@@ -44,8 +44,15 @@ def as_lora(saved: AdapterFolder, weight: Callable[[str], Tensor], rank: int | N
     """The best LoRA of that rank for what an adapter changes at each site, in the norm of the change.
 
     Without a rank, an adapter that is low-rank keeps its factors. Raises ValueError for a rank outside
-    1..min(m, n), for one that is missing and needed, and for modules saved whole, which no LoRA holds.
+    1..min(m, n), for one that is missing and needed, and for modules saved whole and experts of 3-D parameters,
+    which no LoRA holds.
     """
+    experts = io.read_about(saved.path).get("experts") if saved.form == "subspan" else None
+    if experts:
+        raise ValueError(
+            f"{saved.path} adapts {len(experts)} experts of 3-D parameters ({experts[0]}), for which PEFT has no "
+            "LoRA; merge it instead"
+        )
     if saved.whole:
         raise ValueError(
             f"{saved.path} saves {len(saved.whole)} tensors whole, which no LoRA holds; merge it instead"

@@ -14,9 +14,10 @@ from subspan.hosts.peft_config import PeftConfig
 TENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, ALL = "base_model.model.", "base_model."
 V, U, MU, BASE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", ".base_layer.weight"
+TABLE_U, TABLE_V = "lora_embedding_A", "lora_embedding_B"
 REFUSED = {
-    ".lora_embedding_A": "an adapter on an embedding",
-    ".lora_embedding_B": "an adapter on an embedding",
+    ".lora_embedding_A": "an adapter on an embedding without its other factor",
+    ".lora_embedding_B": "an adapter on an embedding without its other factor",
     ".lora_B.bias": "a bias on lora_B",
     ".lora_E": "AdaLoRA's middle factor",
     ".hada_t1": "a convolution's LoHa",
@@ -25,8 +26,16 @@ REFUSED = {
     ".trainable_tokens_delta": "trained token rows",
 }
 
+GROUPED = (
+    "is a convolution in {} groups, where PEFT's lora_A reads all channels for each group: "
+    "that is no change of the weight, and PEFT cannot merge it"
+)
+TABLE_DORA = "is an embedding, of which PEFT's DoRA keeps one length a feature, ours one a token"
+
 
 Parts = Mapping[str, Tensor]
+# (channels, *kernel) of a convolution, () of an embedding, None of a linear layer.
+Form = tuple[int, ...] | None
 
 
 # Parts that are vectors; all others are matrices.
@@ -46,12 +55,16 @@ class Triple(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """The tensors of a file: of each site, of all sites, whole parameters, and copies of base weights by site."""
+    """The tensors of a file: of each site, of all sites, whole parameters, and copies of base weights by site.
+
+    Those of a LoRA are matrices; `forms` says which sites PEFT keeps otherwise, and how.
+    """
 
     sites: dict[str, dict[str, Tensor]]
     shared: dict[str, Tensor]
     whole: dict[str, Tensor]
     bases: dict[str, Tensor]
+    forms: dict[str, tuple[int, ...]]
 
 
 def peft_tensors(
@@ -84,6 +97,7 @@ def sort_tensors(
             f"give their beginning as prefix, such as prefix={_beginning(strange)!r}"
         )
     local = {root + key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    local, forms = flattened(local) if config.kind == "LORA" else (local, {})
     parts: dict[str, dict[str, Tensor]] = {}
     ends = tuple(f".{name}" for name in config.layout.names)
     for key, tensor in local.items():
@@ -103,7 +117,58 @@ def sort_tensors(
         raise ValueError(_difference(sorted(have - wanted), sorted(wanted - have), config.layout.label))
     sites = {site: parts[site] for site in sorted(parts, key=_by_number)}
     _check_shapes(sites, config)
-    return Sorted(sites, shared, whole, bases)
+    return Sorted(sites, shared, whole, bases, forms)
+
+
+def flattened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
+    """The tensors of a LoRA with all factors as matrices u (m, rank) and v (rank, n), and the forms of sites.
+
+    A convolution has lora_A (rank, channels, *kernel) and lora_B (m, rank, 1, ...), an embedding both factors
+    transposed. What is no whole pair of those stays as it is. Raises ValueError for a convolution in groups
+    and for a DoRA of an embedding.
+    """
+    flat, forms = dict(tensors), dict[str, tuple[int, ...]]()
+    for key in tensors:
+        if key.endswith(f".{TABLE_U}"):
+            site = key.removesuffix(f".{TABLE_U}")
+            pair = [tensors.get(f"{site}.{name}") for name in (TABLE_U, TABLE_V)]
+            if (
+                all(t is not None and t.dim() == 2 for t in pair)
+                and not {f"{site}.{U}", f"{site}.{V}"} & flat.keys()
+            ):
+                for name, old in ((U, TABLE_U), (V, TABLE_V)):
+                    flat[f"{site}.{name}"] = flat.pop(f"{site}.{old}").mT.contiguous()
+                if f"{site}.{MU}" in tensors:
+                    raise ValueError(f"{site} {TABLE_DORA}; it is not read")
+                forms[site] = ()
+        elif key.endswith(f".{V}"):
+            site = key.removesuffix(f".{V}")
+            u, v = tensors.get(f"{site}.{U}"), tensors[key]
+            if u is not None and u.dim() == v.dim() > 2 and u.shape[2:].numel() == 1:
+                if u.shape[1] < len(v) and len(v) % u.shape[1] == 0:
+                    raise ValueError(f"{site} {GROUPED.format(len(v) // u.shape[1])}; it is not read")
+                flat |= {f"{site}.{U}": u.flatten(1), key: v.flatten(1)}
+                forms[site] = tuple(v.shape[1:])
+                if (mu := tensors.get(f"{site}.{MU}")) is not None and mu.shape == (1, len(u), *u.shape[2:]):
+                    flat[f"{site}.{MU}"] = mu.flatten()
+    return flat, forms
+
+
+def formed(parts: Parts, form: Form) -> Parts:
+    """The matrices of a LoRA's site as PEFT keeps them for a layer of that form: what `flattened` undoes.
+
+    >>> import torch
+    >>> own = formed({U: torch.ones(4, 2), V: torch.ones(2, 12)}, (3, 2, 2))
+    >>> [tuple(t.shape) for t in own.values()]
+    [(2, 3, 2, 2), (4, 2, 1, 1)]
+    """
+    if form is None:
+        return parts
+    if not form:
+        return {TABLE_U: parts[U].mT, TABLE_V: parts[V].mT}
+    ones = (1,) * (len(form) - 1)
+    kept = {V: torch.unflatten(parts[V], 1, form), U: torch.unflatten(parts[U], 1, (-1, *ones))}
+    return kept | ({MU: parts[MU].reshape(1, -1, *ones)} if MU in parts else {})
 
 
 def _shared(tensors: Mapping[str, Tensor], config: PeftConfig) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:

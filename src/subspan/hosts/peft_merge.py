@@ -2,7 +2,8 @@
 
 A merge is computed in float32 at least and cast once. A model that is a folder of safetensors is never held whole:
 its files are read and written one after the other. A tied weight that is changed on one side only is untied, and
-the config says so. The result is read back and must give the logits of model and adapter, or it is not written.
+the config says so. A base that was quantized to train on is merged as what its codes stand for. The result is read
+back and must give the logits of model and adapter, or it is not written.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from subspan.hosts.peft_read import INDEX, AdapterFolder, is_adapter, joined, re
 from subspan.hosts.transformers import LoadedModel
 
 _TOKENS = 64
+# What float32, in which logits are compared, may add up to in a deep model.
+_ROUNDING = 1e-5
 _BESIDE = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 Track = Callable[[Iterable[Path]], Iterable[Path]]
 
@@ -60,13 +63,12 @@ class Merged:
 
 
 def opened_with(model: str, saved: AdapterFolder, name: str = "default") -> tuple[LoadedModel, Edit]:
-    """Open a model and put an adapter on it, in the precision that the adapter's numbers depend on, else float32.
+    """Open a model and put an adapter on it, in the precision and bits that it was trained on, else float32.
 
     Raises ValueError when the model is itself an adapter, and what the adapter's `put` raises.
     """
     refuse_adapter(model)
-    loaded = folders.open_model(model, dtype=saved.dtype or torch.float32)
-    return loaded, saved.put(loaded.model, name)
+    return jobs.put_on(model, saved, name=name)
 
 
 def refuse_adapter(model: str) -> None:
@@ -201,7 +203,7 @@ def _streamable(model: str, saved: AdapterFolder) -> _Stream | None:
     if model == "smollm2" or not folder.is_dir():
         return None
     blank = _blank(folder)
-    if blank is None:
+    if blank is None or quantizer.few_bits(saved.path):
         return None
     saved.fits(blank)
     files = shards(folder)
@@ -231,7 +233,12 @@ def _blank(folder: Path) -> Any:
 def _merge_whole(model: str, saved: AdapterFolder, folder: Path, stored: torch.dtype) -> tuple[str, ...]:
     loaded, _ = opened_with(model, saved)
     merged: Any = loaded.model
+    few = quantizer.few_bits(saved.path)
+    if few:  # what they stand for is rounded once, with the adapter in it
+        folders.cast(merged, torch.promote_types(few["dtype"], torch.float32))
     jobs.fold(merged)
+    if few:
+        quantizer.widen(merged)
     folders.cast(merged, stored)
     untied = _untie(merged)
     host.save_folder_extras(merged, loaded.tokenizer, folder)
@@ -267,7 +274,7 @@ def _verified(
     ids = some_ids(loaded)
     folders.cast(loaded.model, torch.float32)
     wanted = logits(loaded.model, ids)
-    tolerance = TOLERANCE[stored]
+    tolerance = max(TOLERANCE[stored], _ROUNDING)
     if stored not in (torch.float32, torch.float64):
         rounded = logits(loaded.model.to(stored), ids)
         tolerance = max(tolerance, _distance(rounded, wanted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,15 +15,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from subspan import io
-from subspan.adapt import Adapted, Adapter, Add, KeepBase, adapt, remembered
+from subspan import shards as cuts
+from subspan.adapt import Adapted, Adapter, Add, KeepBase, Rescale, Slot, adapt, remembered
 from subspan.adapt.join import wide_dense
-from subspan.edit import Edit, Make, edit
+from subspan.edit import Edit, Make, edit, matrices
 from subspan.hosts import folders, quantizer
 from subspan.hosts.peft import PeftFolder, check_fits, layers_of, low_rank, put_peft, read_peft
 from subspan.hosts.peft_config import CONFIG
-from subspan.hosts.peft_keys import PICKLE, PREFIX, peft_tensors, some
+from subspan.hosts.peft_given import Given
+from subspan.hosts.peft_keys import PICKLE, PREFIX, formed, peft_tensors, some
 from subspan.hosts.peft_types import TYPES
-from subspan.hosts.peft_write import tidy
+from subspan.hosts.peft_write import resharded, tidy
 from subspan.linalg import wide
 from subspan.methods import build
 from subspan.ops import Dense, LinOp, LowRank, Product
@@ -54,12 +57,15 @@ class AdapterFolder:
     put: Callable[[nn.Module, str], Edit] = field(repr=False)
     make: Callable[[str], Make] = field(repr=False)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    forms: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def kinds(self) -> dict[str, tuple[int, int]]:
         """Kind of tensor -> how many there are, and how many numbers they hold."""
         count: Counter[str] = Counter()
         size: Counter[str] = Counter()
-        for key, tensor in self.tensors.items():
+        # A tensor of several sites counts once.
+        once = {id(t): (key, t) for key, t in self.tensors.items()}
+        for key, tensor in once.values():
             kind = self._kind(key)
             count[kind] += 1
             size[kind] += tensor.numel()
@@ -70,6 +76,58 @@ class AdapterFolder:
             return key.partition(".adapters.default.")[2]
         last = key.removesuffix(".weight").rpartition(".")[2]
         return last if last.startswith(MARKS) else "modules_to_save"
+
+
+@torch.no_grad()
+def fill_peft(
+    model: nn.Module, folder: str | Path, *, name: str = "default", prefix: str = PREFIX, root: str = ""
+) -> None:
+    """Write the tensors of a PEFT folder into an adapter that a model already carries, in place.
+
+    This is the way for a model cut over processes (FSDP2), whose layers cannot be swapped: put the same adapter
+    on, cut the model, then fill it. Every process calls this, reads the folder and keeps its own part. Raises
+    ValueError, with nothing written, when the model's adapter is of other sites, another kind, shape or scale, or
+    changed the base when it started (PiSSA), and as `read_peft` and `check_fits` do.
+    """
+    saved = read_peft(folder, prefix=prefix, root=root)
+    resharded(model)
+    check_fits(model, saved)
+    modules = layers_of(model)
+    found = {site: m for site, m in modules.items() if isinstance(m, Adapted) and name in m.adapters}
+    if other := sorted(found.keys() ^ saved.parts.keys()):
+        raise ValueError(
+            f"{folder} and adapter {name!r} of {type(model).__name__} stand on other layers ({some(other)}); "
+            "put the adapter on those of the folder first"
+        )
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for site, module in found.items():
+        m, n = module.out_features, module.in_features
+        given = Given(site, saved.parts[site], dict(saved.shared), saved.config, m, n)
+        fresh, slot = Slot(*saved.config.layout.read(given)), module.slot(name)
+        changed = module.origin is not module.base or saved.config.pissa
+        if why := "its start changed the base" if changed else _unlike(fresh, slot):
+            raise ValueError(f"{folder}: {site} cannot be filled in, {why}; put the folder on with load_peft")
+        new = fresh.state_dict()
+        pairs += [(own, new[key]) for key, own in slot.state_dict(keep_vars=True).items()]
+    for key, tensor in saved.whole.items():
+        place, _, leaf = key.rpartition(".")
+        pairs.append((modules[place].state_dict(keep_vars=True)[leaf], tensor))
+    for own, tensor in pairs:
+        own.copy_(cuts.laid(tensor.to(own.device, own.dtype), own))
+
+
+def _unlike(fresh: Slot, slot: Slot) -> str:
+    """How an adapter differs from another but for its numbers; empty if it does not."""
+    kinds, others = ([type(m).__name__ for m in one.modules()] for one in (slot, fresh))
+    if kinds != others or type(slot.join) is not type(fresh.join):
+        return f"{' '.join(others[1:])} there and {' '.join(kinds[1:])} here"
+    sizes, there = ({key: tuple(t.shape) for key, t in one.state_dict().items()} for one in (slot, fresh))
+    if sizes != there:
+        return f"{there} there and {sizes} here"
+    scales = [one.join.scale for one in (fresh, slot) if isinstance(one.join, Add | Rescale)]
+    if scales and not math.isclose(*scales, rel_tol=1e-9):
+        return f"scale {scales[0]} there and {scales[1]} here"
+    return ""
 
 
 def is_adapter(name: str | Path) -> bool:
@@ -106,15 +164,16 @@ def _of_peft(saved: PeftFolder) -> AdapterFolder:
     # Without the base the shapes of some types are unknown, and without shapes neither is what they change.
     blind = len(known) < len(saved.parts)
     rank, alpha = told.pop()
+    kept = {site: formed(own, saved.forms.get(site)) for site, own in saved.parts.items()}
     one = replace(config, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
     args = {} if told else layout.args(one, saved.shapes)
     return AdapterFolder(
         path=saved.path, form="peft", method=config.method, args={key: tidy(value) for key, value in args.items()},
-        tensors=peft_tensors(saved.parts, saved.whole, saved.shared), sites=tuple(saved.parts), whole=saved.whole,
+        tensors=peft_tensors(kept, saved.whole, saved.shared), sites=tuple(saved.parts), whole=saved.whole,
         bases=saved.bases,
         base=config.base, dtype=None, reads_base=config.dora or config.pissa or blind,
         fits=lambda model: check_fits(model, saved), put=lambda model, name: put_peft(model, saved, name),
-        make=saved.make, shapes=known,
+        make=saved.make, shapes=known, forms=saved.forms,
     )  # fmt: skip
 
 
@@ -134,10 +193,11 @@ def _of_subspan(folder: Path, about: Mapping[str, Any]) -> AdapterFolder:
     factors = all(key.endswith((".default.op.u", ".default.op.v")) for key in tensors)
 
     def make(name: str) -> Make:
-        return lambda site, module: _filled(adapt(adapter, name)(site, module), site, name, tensors, folder)
+        put_on = adapt(adapter, name)  # once, as sites may share tensors
+        return lambda site, module: _filled(put_on(site, module), site, name, tensors, folder)
 
     def fits(model: nn.Module) -> None:
-        modules = layers_of(model)
+        modules = layers_of(model).keys() | matrices(model).keys()
         if lost := [site for site in sites if site not in modules]:
             raise ValueError(
                 f"{folder} adapts {len(lost)} layers that {type(model).__name__} lacks ({some(lost)}); "
@@ -170,17 +230,21 @@ def _filled(module: nn.Module, site: str, name: str, tensors: Mapping[str, Tenso
 
 @torch.no_grad()
 def joined(saved: AdapterFolder, site: str, weight: Tensor) -> Tensor:
-    """The weight (m, n) of one site with the adapter in it, in float32 at least."""
+    """The weight of one site, (m, n) or (m, channels, *kernel), with the adapter in it, in float32 at least."""
     adapted = _on(saved, site, weight)
-    return adapted.folded(adapted.active).weight
+    return adapted.folded(adapted.active).weight.reshape(weight.shape)
 
 
 @torch.no_grad()
 def change(saved: AdapterFolder, site: str, weight: Tensor | None = None) -> LinOp:
     """What the adapter adds to one weight: its factors where it is low-rank, else the dense difference (m, n).
 
-    The weight is not needed unless `reads_base`. Raises ValueError where it is and is missing.
+    The weight is not needed unless `reads_base`. Raises ValueError where it is and is missing, and for a site
+    that is a convolution or an embedding, which a plain LoRA of linear layers does not know.
     """
+    if site in saved.forms:
+        kind = "a convolution" if saved.forms[site] else "an embedding"
+        raise ValueError(f"{saved.path}: {site} is {kind}, whose change is not read by itself; merge it instead")
     if saved.reads_base and weight is None:
         raise ValueError(f"{saved.path}: what {saved.method} changes depends on the base weight; give the base")
     adapted = _on(saved, site, torch.zeros(_shape(saved, site)) if weight is None else weight)
@@ -222,8 +286,9 @@ def _shape(saved: AdapterFolder, site: str) -> tuple[int, int]:
 
 def _on(saved: AdapterFolder, site: str, weight: Tensor) -> Adapted:
     dtype = saved.dtype or wide(weight[:0]).dtype
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    w = weight.detach().flatten(1)
+    layer = nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(w.to(dtype), requires_grad=False)
     made = saved.make("default")(site, layer)
     if not isinstance(made, Adapted):
         raise TypeError(f"{saved.path}: {site} became {type(made).__name__}, which is no adapted layer")
@@ -255,7 +320,7 @@ class Weights:
             return read_one(self.files[key], key)
         if self._model is None:
             self._model = folders.open_model(self.name, dtype=folders.stored_dtype(self.name)).model
-        module = layers_of(self._model).get(site)
+        module = (matrices(self._model) | layers_of(self._model)).get(site)
         found = None if module is None else getattr(module, "weight", None)
         if not isinstance(found, Tensor):
             raise ValueError(f"{self.name} has no layer {site}; the adapter belongs to another model")

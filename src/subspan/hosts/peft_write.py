@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from subspan import io
+from subspan import io, shards
+from subspan.adapt import Adapted, Add, Rescale, Routed, Slot
+from subspan.adapt.layers import Patches, Table, Use, use_of
+from subspan.adapt.layers import matrix as matrix_of
 from subspan.hosts.peft_config import CONFIG, PeftConfig
-from subspan.hosts.peft_keys import TENSORS, Triple, peft_tensors
+from subspan.hosts.peft_keys import GROUPED, TABLE_DORA, TENSORS, Form, Triple, formed, peft_tensors
 from subspan.hosts.peft_parts import Written
-from subspan.hosts.peft_types import Layout
+from subspan.hosts.peft_types import TYPES, Layout, layout_of
+from subspan.linalg import svd, wide
+from subspan.ops import LinOp, LowRank, Scaled, Sum
+from subspan.ops.experts import Slice
+
+# What stands between a module and the name of the one that it wraps.
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
 @dataclass(frozen=True)
@@ -41,12 +53,13 @@ def write_peft(
     dtype: torch.dtype | None = None,
     kind: type | None = None,
     turned: bool = False,
+    forms: Mapping[str, Form] = {},
 ) -> None:
     """Write the two files of a PEFT adapter; `names` are all modules of the model it is for, if known.
 
     Ranks and alphas other than the commonest go into the patterns. `kind` is the model's class, and `turned` says
-    that its weights are (in, out), as `Conv1D` has them. Raises ValueError when some sites have a magnitude and
-    others have none.
+    that its weights are (in, out), as `Conv1D` has them; `forms` are those of sites that are no linear layers.
+    Raises ValueError when some sites have a magnitude and others have none.
     """
     if len({factor.mu is None for factor in factors.values()}) > 1:
         raise ValueError("some sites are DoRA and some are LoRA; one PEFT adapter is all the one or all the other")
@@ -66,7 +79,7 @@ def write_peft(
         "use_dora": any(f.mu is not None for f in factors.values()),
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    sites = {site: _triple(factor, dtype).parts() for site, factor in factors.items()}
+    sites = {s: formed(_triple(factor, dtype).parts(), forms.get(s)) for s, factor in factors.items()}
     io.write_tensors(folder / TENSORS, peft_tensors(sites, kept))
 
 
@@ -151,3 +164,193 @@ def _auto(kind: type | None) -> dict[str, str] | None:
     if kind is None or _task(kind):
         return None
     return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+
+def type_of(
+    found: Mapping[str, Adapted], name: str = "default", *, layers: Literal["linear", "all"] = "linear"
+) -> str:
+    """PEFT's type of an adapter, LORA where no other fits.
+
+    Raises ValueError for sites of two types, and, unless all `layers` will do, for one that is no linear layer.
+    """
+    if odd := [site for site, module in found.items() if use_of(module.base) is not None and layers == "linear"]:
+        raise ValueError(
+            f"{odd[0]}: adapters of convolutions and embeddings are not written in this form; merge them first"
+        )
+    if inside := [site for site, module in found.items() if isinstance(module.origin, Slice)]:
+        raise ValueError(f"{inside[0]}: PEFT names no single expert of a 3-D parameter; merge these first")
+    kinds = {site: layout_of(m.slot(name).op, m.slot(name).join) or "LORA" for site, m in found.items()}
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"{site} is {kind}" for site, kind in list(kinds.items())[:4])
+        raise ValueError(f"a folder of PEFT has one type for all layers, but {told}; give them other names")
+    return next(iter(kinds.values()))
+
+
+@torch.no_grad()
+def written_as(kind: str, found: Mapping[str, Adapted], name: str = "default") -> Written:
+    """An adapter as the tensors and fields of one of PEFT's types; raises ValueError for what that cannot hold."""
+    layout = TYPES[kind]
+    for site, module in found.items():
+        if use_of(module.base) is not None:
+            raise ValueError(
+                f"{site} is no linear layer, and {layout.label} on others is not written for PEFT; merge it first"
+            )
+        if next(iter(module.adapters)) == name and module.origin is not module.base:
+            raise ValueError(
+                f"{site}: adapter {name!r} changed the base when it started, "
+                f"which PEFT's {layout.label} cannot say; "
+                "approximate it with `subspan adapter convert --to lora --rank N`"
+            )
+        if layout.turns and next(iter(module.adapters)) != name:
+            raise ValueError(
+                f"{site}: adapter {name!r} is {layout.label} on top of other adapters, which PEFT has not; "
+                "merge those first"
+            )
+    if layout.write is None:
+        raise ValueError(f"{kind} is written from its factors; see factor_of")
+    return layout.write({site: gathered(module.slot(name)) for site, module in found.items()})
+
+
+@torch.no_grad()
+def factor_of(site: str, module: Adapted, name: str = "default") -> Factor:
+    """An adapter of one site as scale * u @ v (and mu) relative to the original base; raises as `save_peft`."""
+    slot = gathered(module.slot(name))
+    low = low_rank(slot.op)
+    if low is None or not isinstance(slot.join, Add | Rescale):
+        remedy = (
+            "its weight depends on the input, so keep it as an adapter of ours" if isinstance(slot.join, Routed)
+            else "approximate it with `subspan adapter convert --to lora --rank N`"
+        )  # fmt: skip
+        what = f"{type(slot.op).__name__} joined by {type(slot.join).__name__}"
+        raise ValueError(f"{site}: {what} is no LoRA; {remedy}")
+    u, v, scale = low.u.detach(), low.v.detach(), slot.join.scale
+    first = next(iter(module.adapters)) == name
+    if isinstance(slot.join, Rescale):
+        if not first or module.origin is not module.base or slot.join.mu is None:
+            raise ValueError(
+                f"{site}: adapter {name!r} is a DoRA on top of other adapters, "
+                "which PEFT has not; merge those first"
+            )
+        return Factor(u, v, scale, slot.join.mu.detach())
+    if first and module.origin is not module.base:
+        taken = _wide_matrix(module.origin) - _wide_matrix(module.base)
+        a, s, bh = svd(taken)
+        root = (s[: low.rank] / scale).sqrt()
+        u = torch.cat([u, (-a[:, : low.rank] * root).to(u)], dim=1)
+        v = torch.cat([v, (root[:, None] * bh[: low.rank]).to(v)])
+    return Factor(u, v, scale)
+
+
+def _wide_matrix(layer: nn.Module) -> Tensor:
+    return wide(shards.whole(matrix_of(layer).detach()))
+
+
+def low_rank(op: LinOp) -> LowRank | None:
+    """The op as one pair of factors, if it is that up to a number."""
+    if isinstance(op, Scaled):
+        inner = low_rank(op.op)
+        return None if inner is None else LowRank(op.scale * inner.u.detach(), inner.v.detach())
+    if isinstance(op, Sum):
+        parts = [part for part in map(low_rank, op.ops) if part is not None]
+        if len(parts) == len(op.ops):
+            return LowRank(torch.cat([p.u.detach() for p in parts], 1), torch.cat([p.v.detach() for p in parts]))
+    return op if isinstance(op, LowRank) else None
+
+
+def form_of(use: Use | None) -> Form:
+    """How PEFT keeps the factors of a layer: (channels, *kernel) of a convolution, () of a table, else None.
+
+    >>> form_of(use_of(torch.nn.Conv2d(3, 4, 2)))
+    (3, 2, 2)
+    """
+    if isinstance(use, Patches):
+        return (use.window.channels // use.window.groups, *use.window.kernel)
+    return None if use is None else ()
+
+
+def unlike(use: Use | None, *, dora: bool) -> str:
+    """Why PEFT's LoRA on a layer is no change of its weight as ours is; empty where it is.
+
+    >>> unlike(use_of(torch.nn.Conv2d(4, 4, 1, groups=2)), dora=False).partition(",")[0]
+    'is a convolution in 2 groups'
+    """
+    if isinstance(use, Table):
+        return TABLE_DORA if dora else ""
+    if use is None:
+        return ""
+    window = use.window
+    if window.groups > 1:
+        return GROUPED.format(window.groups)
+    reach = [(kernel, step) for kernel, step in zip(window.kernel, window.dilation, strict=True) if kernel > 1]
+    if any(step > 1 for _, step in reach):
+        return (
+            f"is a convolution of dilation {window.dilation}, and PEFT's lora_A looks at neighbours without gaps: "
+            "it computes other outputs than it merges"
+        )
+    if window.mode != "zeros" and any(window.sides):
+        return (
+            f"is a convolution with padding_mode {window.mode!r}, and PEFT's lora_A pads with zeros: "
+            "that is no change of the weight"
+        )
+    return ""
+
+
+def unwrapped(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by the names they have without DDP, `torch.compile` and checkpointing around them.
+
+    >>> list(unwrapped(nn.Sequential(nn.ReLU())))
+    ['', '0']
+    """
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    named = inner.named_modules(remove_duplicate=False)
+    return {".".join(part for part in name.split(".") if part not in WRAPPERS): module for name, module in named}
+
+
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The class of a model, or what it was before `fully_shard` made one of its own.
+
+    >>> class_of(nn.ReLU()).__name__
+    'ReLU'
+    """
+    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed"))
+
+
+def resharded(model: nn.Module) -> bool:
+    """Whether parameters are cut over processes (FSDP2), once it gave back what a forward pass had gathered."""
+    loaded: Any = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if loaded is not None else ():
+        if isinstance(module, loaded.FSDPModule):
+            module.reshard()
+    return any(shards.is_cut(p) for p in model.parameters())
+
+
+def gathered(slot: Slot) -> Slot:
+    """The op and join of an adapter, or a double with whole tensors where theirs are cut over processes."""
+    parts = {
+        id(p): nn.Parameter(shards.whole(p.detach()), p.requires_grad)
+        for p in slot.parameters()
+        if shards.is_cut(p)
+    }
+    return copy.deepcopy(slot, memo=dict(parts)) if parts else slot
+
+
+def write_once(write: Callable[[], None], *, together: bool) -> None:
+    """Call `write`; with all processes here `together`, only on the first, while the others wait.
+
+    What stops the first process stops all of them; the others raise RuntimeError.
+    """
+    if not together:
+        write()
+        return
+    problem: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            write()
+        except Exception as found:
+            problem = found
+    said = [None if problem is None else f"{type(problem).__name__}: {problem}"]
+    dist.broadcast_object_list(said, src=0)
+    if problem is not None:
+        raise problem
+    if said[0] is not None:
+        raise RuntimeError(f"process 0 could not write: {said[0]}")

@@ -21,8 +21,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from subspan import io, site
 from subspan.adapt import Adapted
 from subspan.edit import Edit, edit, matrices
-from subspan.ops import OpLayer
+from subspan.edit import sites as chosen
+from subspan.ops import OpLayer, Quantized, quantize
 from subspan.ops.experts import Stacked, expert_layers, transposed, unstacked
+from subspan.ops.quantized import CODES, bits_of
+from subspan.select import Select
 
 METHOD = "subspan"
 Sites = Mapping[str, Mapping[str, Any]]
@@ -87,7 +90,7 @@ class SubspanQuantizer(HfQuantizer):  # type: ignore[misc]
         empty = [
             f"{at}.{name}"
             for at, layer in layers(model).items()
-            for name, p in layer.named_parameters()
+            for name, p in layer.state_dict(keep_vars=True).items()
             if not getattr(p, "_is_hf_initialized", False)
         ]
         if empty:
@@ -233,6 +236,69 @@ def _product(layer: OpLayer) -> torch.Tensor:
     dtype = next(p.dtype for p in layer.op.parameters() if p.is_floating_point())
     wide = torch.promote_types(dtype, torch.float32)
     return copy.deepcopy(layer.op).to(wide).dense().to(dtype)
+
+
+def narrow(model: nn.Module, bits: int, *, select: Select | None = None, block: int = 64) -> Edit:
+    """Hold layers in 4 or 8 bits an entry, in place: those that `edit.sites` chooses, but no experts.
+
+    Nothing of them trains. Embeddings, head and norms stay as they are. Raises ValueError for other bits, and what
+    `edit.sites` and `ops.quantize` raise.
+    """
+    code = code_of(bits)
+    found = {name: layer for name, layer in chosen(model, select).items() if site.of(layer).called}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has only experts to hold in {bits} bits, which are not quantized; leave the "
+            "bits out"
+        )
+
+    def make(name: str, layer: nn.Module) -> nn.Module:
+        bias = site.bias(layer)
+        op = quantize(site.matrix(layer), code, block)
+        return site.of(layer).rebuild(layer, op, None if bias is None else bias.detach())
+
+    return edit(model, list(found), make)
+
+
+def code_of(bits: int) -> str:
+    """The code of `ops.Quantized` that has so many bits; raises ValueError when none has.
+
+    >>> code_of(4), code_of(8)
+    ('nf4', 'int8')
+    """
+    codes = {bits_of(code): code for code in CODES}
+    if bits not in codes:
+        raise ValueError(f"a base of {bits!r} bits is not known; use {' or '.join(map(str, sorted(codes)))}")
+    return codes[bits]
+
+
+def narrowed(layer: nn.Module) -> bool:
+    """Whether a layer is held in few bits."""
+    return isinstance(layer, OpLayer) and isinstance(layer.op, Quantized)
+
+
+def widen(model: nn.Module) -> Edit:
+    """Replace every layer that is held in few bits by the ordinary one of the matrix it stands for, in place."""
+    found = {name: layer for name, layer in layers(model).items() if narrowed(layer)}
+    return edit(model, list(found), lambda name, _: dense(found[name]))
+
+
+def few_bits(folder: str | Path) -> io.Json | None:
+    """What an adapter's folder says of a base that was quantized to train on: bits, block, and the dtype it had.
+
+    None for one that was not. Raises ValueError when that is damaged.
+    """
+    said = io.read_about(folder).get("quantized") if (Path(folder) / io.ABOUT).is_file() else None
+    if said is None:
+        return None
+    try:
+        found = {"bits": int(said["bits"]), "block": int(said["block"]), "dtype": getattr(torch, said["dtype"])}
+        code_of(found["bits"])
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise ValueError(
+            f"{Path(folder) / io.ABOUT} is damaged: quantized is {said!r} ({problem}); save the adapter again"
+        ) from None
+    return found
 
 
 def require_whole(file: Path) -> None:

@@ -16,11 +16,14 @@ from subspan.adapt import (
     RandomBasis,
     Rescale,
     Rotate,
+    Routed,
+    SharedShards,
     SignStep,
     SparseEntries,
     SubtractInit,
     TopCore,
     TopInputs,
+    ZeroExperts,
     ZeroHadamard,
     ZeroKron,
     ZeroLowRank,
@@ -30,7 +33,7 @@ from subspan.adapt import (
 from subspan.adapt.starts import Pick
 from subspan.methods.registry import method
 from subspan.ops.structured import Law
-from subspan.optim import Adam, Equivalent, Paired, Preconditioned, Recipe, Stepped
+from subspan.optim import Adam, Equivalent, Paired, PerExpert, Preconditioned, Recipe, Stepped
 
 
 @method(
@@ -276,3 +279,35 @@ def adalora(*, rank: int = 8, start: float = 1.5, alpha: float = 16.0) -> Adapte
     first = math.ceil(start * rank)
     scale = per_rank(alpha, first)
     return Adapter(ZeroTriples(first, rank), Add(scale))
+
+
+@method(
+    kind="adapter",
+    paper="arXiv:2502.15828",
+    reference="THUDM/MoELoRA_Riemannian",
+    status="limits",
+    deviates="inputs get the gradient of the mixture itself, where the program's carries 1/sqrt(gate) on to the "
+    "layers below; one learning rate, where the program's gates have a far lower one; bias and Gram matrices as "
+    "in riemannian_lora; no dropout",
+)
+def moe_lora(
+    *, rank: int = 4, alpha: float = 16.0, experts: int = 20, top: int = 10, damping: float = 1e-6
+) -> Stepped:
+    """A mixture of low-rank experts chosen for each token, each preconditioned on its own; it cannot be merged."""
+    law = PerExpert(Preconditioned(damping), experts)
+    join = Routed(per_rank(alpha, rank), experts, top)
+    return Stepped(ZeroExperts(rank, experts), join, rule=Recipe(Adam(), Paired(law)))
+
+
+@method(
+    kind="adapter",
+    paper="arXiv:2410.00938",
+    reference="Forence1999/MoS",
+    status="limits",
+    deviates="rank, budget, parts and private are arguments, which the authors choose by task; no dropout",
+)
+def mos(
+    *, rank: int = 8, alpha: float = 16.0, budget: int = 2, parts: int = 4, private: int = 1, seed: int = 0
+) -> Adapter:
+    """Low-rank changes laid together from shards of pools that all layers of a type share."""
+    return Adapter(SharedShards(rank, budget, parts, private, seed), Add(per_rank(alpha, rank)))

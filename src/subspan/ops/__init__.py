@@ -13,6 +13,9 @@ from subspan.ops.layer import OpConv as OpConv
 from subspan.ops.layer import OpEmbedding as OpEmbedding
 from subspan.ops.layer import OpLayer as OpLayer
 from subspan.ops.layer import OpLinear as OpLinear
+from subspan.ops.quantized import Quantized as Quantized
+from subspan.ops.quantized import quantize as quantize
+from subspan.ops.shards import Shards as Shards
 from subspan.ops.structured import BlockCayley as BlockCayley
 from subspan.ops.structured import Columns as Columns
 from subspan.ops.structured import Entries as Entries

@@ -1,11 +1,11 @@
-"""Experts whose weights were slices of 3-D parameters, and are ops now."""
+"""Experts whose weights were slices of 3-D parameters, and are ops or adapted layers now."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,35 @@ from torch import Tensor, nn
 from subspan.ops.layer import OpLayer
 
 
-class Stacked:
-    """Mixed into the class of a module that lost 3-D parameters: it finds their products under the old names.
+class Filling(Protocol):
+    """What stands where one expert's slice was: a module, such as an `OpLinear`, that knows its dense matrix."""
 
-    `self.up[i]` is the op of the submodule `self.<i>.up`, so that `experts.3.up.op.u` names a factor. The
-    module's own forward, whatever it does, then works as before. That saves memory at rest, and on disk; the
-    products are formed once in each call, and each time they are asked for outside of one.
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (m, n)."""
+
+
+class Slice(nn.Linear):
+    """One expert's matrix (m, n), in the memory of the 3-D parameter that it is a slice of, as a linear layer.
+
+    Nobody calls it: its `Stacked` owner reads the weight. It trains if it is told to.
+
+    >>> Slice(torch.ones(2, 3), trains=False)
+    Slice(in_features=3, out_features=2, bias=False)
+    """
+
+    def __init__(self, w: Tensor, *, trains: bool) -> None:
+        super().__init__(w.shape[1], w.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(w.detach(), requires_grad=trains)
+
+
+class Stacked:
+    """Mixed into the class of a module that lost 3-D parameters: it finds their matrices under the old names.
+
+    `self.up[i]` is the matrix of the submodule `self.<i>.up`, so that `experts.3.up.op.u` names a factor. The
+    module's own forward, whatever it does, then works as before. With ops that saves memory at rest, and on disk;
+    the matrices are formed once in each call, and each time they are asked for outside of one. In training,
+    autograd keeps those of a call for its backward pass: checkpoint layers where that copy of weights is too much.
     """
 
     stacks: tuple[str, ...]
@@ -43,7 +66,7 @@ class Stacked:
 
 def form(owner: nn.Module, key: str) -> Tensor:
     """The experts' matrices, stacked as the owner keeps them: (experts, out, in), or transposed."""
-    slices = torch.stack([layer.op.dense() for layer in expert_layers(owner, key)])
+    slices = torch.stack([cast(Filling, layer).weight for layer in expert_layers(owner, key)])
     return slices.mT.contiguous() if transposed(owner) else slices
 
 
@@ -58,8 +81,8 @@ def expert_layers(owner: nn.Module, key: str) -> list[OpLayer]:
     return [cast(OpLayer, child.get_submodule(key)) for child in experts]
 
 
-def stacked(owner: nn.Module, layers: Mapping[str, Sequence[OpLayer]]) -> nn.Module:
-    """A double of a module with ops in place of some 3-D parameters, given by name, one layer for each expert.
+def stacked(owner: nn.Module, layers: Mapping[str, Sequence[nn.Module]]) -> nn.Module:
+    """A double of a module that lost some 3-D parameters, given by name, one `Filling` for each of their experts.
 
     All else is shared with the given module, which is not changed.
     """
@@ -84,6 +107,17 @@ def unstacked(owner: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     for key, tensor in tensors.items():
         new.register_parameter(key, nn.Parameter(tensor.detach().contiguous()))
     return new
+
+
+def whole(owner: nn.Module) -> nn.Module:
+    """A double of a stacked module with its 3-D parameters again, if nothing but linear layers is left of them.
+
+    With an op or an adapter on any expert, it is the module itself.
+    """
+    if not isinstance(owner, Stacked):
+        return owner
+    plain = all(isinstance(layer, nn.Linear) for key in owner.stacks for layer in expert_layers(owner, key))
+    return unstacked(owner, {key: form(owner, key) for key in owner.stacks}) if plain else owner
 
 
 def _double(owner: nn.Module, kind: type[nn.Module]) -> nn.Module:

@@ -200,6 +200,7 @@ class _Sparse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, index, values = ctx.saved_tensors
+        x, g = x.to(values.dtype), g.to(values.dtype)  # under autocast they are narrower
         full = g.flatten(0, -2).mT @ x.flatten(0, -2) if g.dim() > 1 else torch.outer(g, x)
         down = g @ _scattered(index, values, *ctx.shape) if ctx.needs_input_grad[0] else None
         return down, None, full.flatten().index_select(0, index), None, None
@@ -344,6 +345,7 @@ class _Stack(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, a, rows, columns = ctx.saved_tensors
+        x, a, g = (t.to(rows.dtype) for t in (x, a, g))  # under autocast they are narrower
         u = _stack(a, rows, columns)
         left, right = (x, g) if ctx.back else (g, x)
         full = left.reshape(-1, left.shape[-1]).mT @ right.reshape(-1, right.shape[-1])

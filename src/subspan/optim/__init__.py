@@ -22,6 +22,7 @@ from subspan.optim.orthogonal import UnitRows as UnitRows
 from subspan.optim.pairs import Equivalent as Equivalent
 from subspan.optim.pairs import Paired as Paired
 from subspan.optim.pairs import PairLaw as PairLaw
+from subspan.optim.pairs import PerExpert as PerExpert
 from subspan.optim.pairs import Preconditioned as Preconditioned
 from subspan.optim.pairs import Stepped as Stepped
 from subspan.optim.pairs import hasten as hasten

@@ -115,6 +115,46 @@ class Equivalent:
         return (du - u @ x) / self.scale**2, (dv + x @ v) / self.scale**2
 
 
+@dataclass(frozen=True, slots=True)
+class PerExpert:
+    """A law for u and v that hold several experts side by side: it sees the pair of each, one by one.
+
+        u (m, experts * rank) as u_i (m, rank),   v (experts * rank, n) as v_i (rank, n)
+
+    `adapt.Routed` mixes such experts. Raises ValueError for an inner size that they do not divide.
+
+    >>> u, v = torch.tensor([[2.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    >>> PerExpert(Preconditioned(0.0), 2)(u, v, torch.ones_like(u), torch.ones_like(v))[0]
+    tensor([[1.0000, 0.2500]])
+    """
+
+    law: PairLaw
+    experts: int
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise ValueError(f"PerExpert: experts={self.experts!r} must be at least 1")
+
+    def __call__(self, u: Tensor, v: Tensor, gu: Tensor, gv: Tensor) -> tuple[Tensor, Tensor]:
+        """Both gradients, in the shapes of the factors."""
+        if u.shape[-1] % self.experts:
+            raise ValueError(
+                f"PerExpert: an inner size of {u.shape[-1]} is no {self.experts} experts; give the number "
+                "that the adapter has"
+            )
+        if self.experts == 1:
+            return self.law(u, v, gu, gv)
+        a, ga = (apart(t, -1, self.experts) for t in (u, gu))
+        b, gb = (apart(t, -2, self.experts) for t in (v, gv))
+        du, dv = self.law(a, b, ga, gb)
+        return du.movedim(-3, -2).flatten(-2), dv.flatten(-3, -2)
+
+
+def apart(t: Tensor, axis: int, experts: int) -> Tensor:
+    """The experts along an axis of a factor as a batch: (m, experts * rank) -> (experts, m, rank) for axis -1."""
+    return torch.unflatten(t, axis, (experts, -1)).movedim(axis - 1, -3)
+
+
 def require_damping(where: str, damping: float) -> None:
     """Raise ValueError unless 0 <= damping < inf."""
     if not 0 <= damping < math.inf:
