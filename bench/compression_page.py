@@ -119,8 +119,8 @@ def page(data: dict[str, Any]) -> Report:
         "At equal bytes",
         "Each budget of this table got at most the bytes that WeLore's plan took at that rank reduction, under "
         "the Gram metric; uniform ranks are factors everywhere or nowhere, and begin at 92 %. `least loss` is "
-        "this library's own: it buys ranks where they lower the predicted loss most per number stored, and never a "
-        "rank past break-even short of the whole matrix.",
+        "this library's own: it buys ranks where they lower the predicted loss most per number stored, and never "
+        "a rank past break-even short of the whole matrix.",
     )
     report.table("Perplexity at equal bytes.", *equal_bytes(rows))
     if lines := walks(rows):

@@ -44,6 +44,8 @@ def open_model(
         return host.load(name, dtype=dtype, device=device, progress=progress)
     trained_in = getattr(torch, about["base"]["dtype"])
     base = open_model(about["base"]["source"], dtype=trained_in, device=device, progress=progress)
+    if few := quantizer.few_bits(folder):
+        quantizer.narrow(base.model, few["bits"], block=few["block"])
     put_adapter(base.model, folder, about)
     cast(base.model, dtype)
     base.model.to(device)

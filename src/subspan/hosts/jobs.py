@@ -75,7 +75,7 @@ def opened(name: str, *, dtype: str, device: str, seed: int = 0, merged: bool = 
     """
     torch.manual_seed(seed)
     source, kept = name if name == "smollm2" else str(Path(name).absolute()), getattr(torch, dtype)
-    if _needs_help(source):
+    if _of_peft(source):
         saved = read_adapter(source)
         loaded, _ = put_on(base_of(saved), saved, dtype=kept, device=place(device), progress=True)
         folders.cast(loaded.model, kept)
@@ -95,11 +95,11 @@ def stored_dtype(name: str) -> torch.dtype:
     return folders.stored_dtype(name if alone else base_of(read_adapter(name)))
 
 
-def _needs_help(source: str) -> bool:
-    """Whether a folder holds an adapter that `open_model` does not open: of PEFT, or on a base of few bits."""
+def _of_peft(source: str) -> bool:
+    """Whether a folder holds an adapter of PEFT, which opens on the base it names."""
     if source == "smollm2" or not is_adapter(source):
         return False
-    return not (Path(source) / io.ABOUT).is_file() or quantizer.few_bits(source) is not None
+    return not (Path(source) / io.ABOUT).is_file() or io.read_about(source).get("kind") == "peft"
 
 
 def put_on(
