@@ -38,6 +38,7 @@ from subspan.ops import (
     Sum,
     Transposed,
     Zero,
+    quantize,
 )
 
 
@@ -53,6 +54,7 @@ ROWS: dict[str, Callable[[], LinOp]] = {
     "product": lambda: Product([Dense(rand(5, 3)), Diag(rand(3)), Dense(rand(3, 4))]),
     "scaled": lambda: Scaled(LowRank(rand(5, 2), rand(2, 4)), -1.1),
     "transposed": lambda: Transposed(Dense(rand(4, 5))),
+    "quantized": lambda: quantize(rand(5, 4), "nf4", 2),
     "nested": lambda: Sum(
         [
             Product([Diag(rand(5)), Dense(rand(5, 4)), Diag(rand(4, seed=1))]),

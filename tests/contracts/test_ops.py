@@ -235,12 +235,12 @@ def test_only_a_plain_low_rank_op_is_its_factors():
     assert [factors(other) for other in (Other(op.u, op.v), Scaled(op, 2.0), Dense(rand(3, 4)))] == [None] * 3
 
 
-def test_frozen_factors_lie_by_columns_in_eval_mode_and_by_rows_where_they_train(tmp_path):
+def test_a_low_rank_layer_lies_by_columns_in_eval_mode_and_by_rows_in_train_mode(tmp_path):
     u, v = torch.randn(7, 3), torch.randn(3, 5)
-    frozen, learns = LowRank(u.clone(), v.clone()), LowRank(nn.Parameter(u.clone()), nn.Parameter(v.clone()))
-    same = frozen.u
+    layer = OpLinear(LowRank(nn.Parameter(u.clone()), v.clone()))
+    same = layer.op.u
     for mode in (False, True, False):
-        assert frozen.train(mode).u.is_contiguous() == mode and learns.train(mode).u.is_contiguous()
-        assert frozen.u is same and torch.equal(frozen.u, u) and frozen.u.mT.is_contiguous() != mode
-    io.write_tensors(tmp_path / "op.safetensors", frozen.state_dict())
+        assert layer.train(mode).training == mode and layer.op.u is same and torch.equal(same, u)
+        assert (same.is_contiguous(), same.mT.is_contiguous()) == (mode, not mode)
+    io.write_tensors(tmp_path / "op.safetensors", layer.op.state_dict())
     assert torch.equal(io.read_tensors(tmp_path / "op.safetensors")["u"], u)

@@ -30,6 +30,7 @@ from subspan.hosts import jobs, journal, outline, relay, shardfile, stream
 from subspan.hosts.outline import MANY, Piece, Watched
 from subspan.importance import BlockCosine, Outliers, Sensitivity
 from subspan.metric import MEASURES, collect
+from subspan.ops import LowRank, OpLinear
 from subspan.plan import Plan
 from subspan.walk import Blockwise, Call, Recorded, Tape
 
@@ -99,13 +100,20 @@ def in_memory(folder, how, *, sequential=False, select=None):
     return plan, logits(full.model)
 
 
+def low_rank(model):
+    layers = [m.op for m in model.modules() if isinstance(m, OpLinear)]
+    return [op for op in layers if isinstance(op, LowRank)]
+
+
 def check_same(folder, out, how, *, sequential=False, select=None):
     """The same plan with the same errors, and a folder that loads to the same numbers."""
     lean = stream.opened(folder)
     got = stream.compress(lean, out, **how, batches=WINDOWS, sequential=sequential, select=select)
     plan, expected = in_memory(folder, how, sequential=sequential, select=select)
     assert got.to_dict() == plan.to_dict()
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), expected)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(logits(loaded), expected)
+    assert all(op.u.mT.is_contiguous() for op in low_rank(loaded))  # as decoding wants them
     assert not out.with_name(f"{out.name}.partial").exists()
     assert all(p.is_meta for p in lean.model.parameters())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,9 +48,6 @@ class Diag(LinOp):
 class LowRank(LinOp):
     """u @ v with u (m, rank) and v (rank, n).
 
-    In eval mode a frozen u lies in memory column after column: a product with a single row, as in decoding, then
-    reads it in half the time. In train mode, and where it trains, it is contiguous, as optimizers and FSDP want.
-
     >>> LowRank(torch.ones(3, 1), torch.ones(1, 2))(torch.tensor([1.0, 2.0]))
     tensor([3., 3., 3.])
     """
@@ -70,13 +65,15 @@ class LowRank(LinOp):
         """The inner size, which bounds the rank."""
         return self.u.shape[1]
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode, and lay out u for it."""
+    def lay(self, *, by_columns: bool) -> None:
+        """Lay out u in memory column after column, or else row after row; no number changes.
+
+        A product with a single row reads it by columns in half the time. Optimizers and FSDP want rows.
+        """
         if type(self.u.data) is Tensor:  # not a shard of one
-            u = self.u.data.contiguous() if mode or self.u.requires_grad else self.u.data.mT.contiguous().mT
+            u = self.u.data.mT.contiguous().mT if by_columns else self.u.data.contiguous()
             if u.stride() != self.u.stride():
                 self.u.data = u
-        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.v), self.u)

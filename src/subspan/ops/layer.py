@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,11 +31,21 @@ class OpLayer(nn.Module):
 
 
 class OpLinear(OpLayer):
-    """y = op(x) + bias: a compressed linear layer."""
+    """y = op(x) + bias: a compressed linear layer.
+
+    In eval mode a low-rank op lies in memory as decoding reads it fastest, in train mode as optimizers and FSDP
+    want it.
+    """
 
     def __init__(self, op: LinOp, bias: Tensor | None = None) -> None:
         super().__init__(op, bias)
         self.out_features, self.in_features = op.shape
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and lay out a low-rank op for it."""
+        if isinstance(self.op, LowRank):
+            self.op.lay(by_columns=not mode)
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.op(x)
