@@ -1,10 +1,13 @@
 """Models shared by the tests of the hosts: a tiny random Llama, and SmolLM2 loaded once."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from subspan.hosts import text, transformers
+from subspan.hosts.keep import Keeper
 
 
 def tiny() -> LlamaForCausalLM:
@@ -53,3 +56,27 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("smollm2"):
             item.add_marker(pytest.mark.xdist_group("smollm2"))
+
+
+class Killed(Exception):
+    """Stands for a process that ends here."""
+
+
+@pytest.fixture
+def dies_at():
+    """dies_at(step): a block in which a training run ends after that step, once its checkpoint is written."""
+
+    @contextmanager
+    def block(step):
+        after = Keeper.after
+
+        def die(self, now, history):
+            after(self, now, history)
+            if now == step:
+                raise Killed
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Keeper, "after", die)
+            yield
+
+    return block

@@ -25,10 +25,6 @@ STEPS = 12
 ALIKE = {"batch": 2, "seed": 3}
 
 
-class Killed(Exception):
-    """Stands for a process that ends here."""
-
-
 def data(kind: str = "text") -> lessons.Split:
     if kind == "text":
         return lessons.split(IDS, 12)
@@ -43,20 +39,10 @@ def begun(model, method: str):
     return learning(model, method, steps=STEPS, every=4 if method == "galore" else None, **given)
 
 
-def run(model, method, keeping=None, kind="text", every=3, stop=None, lr=1e-2):
+def run(model, method, keeping=None, kind="text", every=3, lr=1e-2):
     learns = begun(model, method)
     model.config.attention_dropout = 0.2
-    with pytest.MonkeyPatch.context() as patch:
-        if stop is not None:
-            after = Keeper.after
-
-            def die(self, step, history):
-                after(self, step, history)
-                if step == stop:
-                    raise Killed
-
-            patch.setattr(Keeper, "after", die)
-        return fit(model, learns, data(kind), steps=STEPS, every=every, keeping=keeping, lr=lr, **ALIKE)
+    return fit(model, learns, data(kind), steps=STEPS, every=every, keeping=keeping, lr=lr, **ALIKE)
 
 
 def check_same(one, two):
@@ -72,12 +58,12 @@ RUNS = [(method, "text", stop) for method in ("lora", "adalora", "galore") for s
 
 
 @pytest.mark.parametrize(("method", "kind", "stop"), [*RUNS, ("dora", "rows", 5), ("lora", "rows", 9)])
-def test_a_run_killed_and_resumed_is_the_run_that_was_not(llama, tmp_path, method, kind, stop):
+def test_a_run_killed_and_resumed_is_the_run_that_was_not(llama, tmp_path, dies_at, method, kind, stop):
     whole, killed, resumed = (copy.deepcopy(llama) for _ in range(3))
     history = run(whole, method, Keeping(patience=50), kind)
     facts = {"method": method, "pair": (1, 2)}
-    with pytest.raises(Killed):
-        run(killed, method, Keeping(patience=50, folder=tmp_path / "a", every=2, facts=facts), kind, stop=stop)
+    with dies_at(stop):
+        run(killed, method, Keeping(patience=50, folder=tmp_path / "a", every=2, facts=facts), kind)
     assert [path.name for path in (tmp_path / "a").iterdir()] == [f"saved-{stop // 2:06d}"]
     torch.rand(7)
     again = run(resumed, method, Keeping(patience=50, folder=tmp_path / "a", resume=True, facts=facts), kind)
@@ -100,10 +86,10 @@ def test_without_a_checkpoint_it_begins_at_the_beginning(llama, tmp_path):
     check_same(llama, twin)
 
 
-def test_another_run_is_not_continued(llama, tmp_path):
+def test_another_run_is_not_continued(llama, tmp_path, dies_at):
     twin = copy.deepcopy(llama)
-    with pytest.raises(Killed):
-        run(llama, "lora", Keeping(folder=tmp_path, every=2, facts={"lr": 1e-2}), stop=4)
+    with dies_at(4):
+        run(llama, "lora", Keeping(folder=tmp_path, every=2, facts={"lr": 1e-2}))
     with pytest.raises(ValueError, match=r"saved-000002 is of another run \(lr: 0\.01 saved, 0\.1 here\)"):
         run(twin, "lora", Keeping(folder=tmp_path, resume=True, facts={"lr": 1e-1}))
 
@@ -239,13 +225,13 @@ def test_an_early_end_is_the_beginning_of_the_whole_run(llama):
     assert short.validation[-1][1] >= short.validation[-2][1]
 
 
-def test_patience_and_the_best_are_remembered_over_a_kill(llama, tmp_path):
+def test_patience_and_the_best_are_remembered_over_a_kill(llama, tmp_path, dies_at):
     whole, killed, resumed = (copy.deepcopy(llama) for _ in range(3))
     history = run(whole, "adamw", Keeping(patience=3), every=1, lr=1.0)
     last = len(history.train)
     assert history.best[0] < last < STEPS
-    with pytest.raises(Killed):
-        run(killed, "adamw", Keeping(patience=3, folder=tmp_path, every=1), every=1, lr=1.0, stop=last - 1)
+    with dies_at(last - 1):
+        run(killed, "adamw", Keeping(patience=3, folder=tmp_path, every=1), every=1, lr=1.0)
     again = run(resumed, "adamw", Keeping(patience=3, folder=tmp_path, resume=True), every=1, lr=1.0)
     check_same(resumed, whole)
     assert (again.train, again.validation, again.best) == (history.train, history.validation, history.best)
@@ -272,11 +258,11 @@ def test_checkpoints_hold_what_is_fixed_and_the_ranks_too(llama):
 # ---- folders and settings
 
 
-def test_a_folder_is_made_free_or_refused(tmp_path, llama):
+def test_a_folder_is_made_free_or_refused(tmp_path, llama, dies_at):
     folder = tmp_path / "a.partial"
     vacate(folder, resume=False, force=False)
-    with pytest.raises(Killed):
-        run(llama, "lora", Keeping(folder=folder, every=1), stop=2)
+    with dies_at(2):
+        run(llama, "lora", Keeping(folder=folder, every=1))
     assert ours(folder)
     with pytest.raises(FileExistsError, match="pass --resume to go on, or --force to begin anew"):
         vacate(folder, resume=False, force=False)

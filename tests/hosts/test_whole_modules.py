@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from subspan import io
 from subspan.adapt import Adapted
 from subspan.hosts import folders, jobs, keep, lessons, quantizer
-from subspan.hosts.keep import Keeper, Keeping, require_peft, save_whole, train_whole
+from subspan.hosts.keep import Keeping, require_peft, save_whole, train_whole
 from subspan.hosts.lessons import fit, learning
 from subspan.hosts.peft import layers_of, load_peft, read_peft, save_peft
 from subspan.hosts.peft_merge import logits, merge_folder, opened_with
@@ -27,10 +27,6 @@ STEPS = 8
 MORE = [("lora", False), ("dora", True), ("loha", True), ("loha", False)]
 
 
-class Killed(Exception):
-    """Stands for a process that ends here."""
-
-
 def begun(model, method="lora", also="lm_head|model.norm", **given):
     """What learns: an adapter with modules whole."""
     torch.manual_seed(3)
@@ -39,21 +35,10 @@ def begun(model, method="lora", also="lm_head|model.norm", **given):
     return lessons.Learning(**{**vars(learns), "named": [*learns.named, *whole.named]}), whole
 
 
-def trained(model, method="lora", also="lm_head|model.norm", *, keeping=None, stop=None, lr=1e-2, **given):
+def trained(model, method="lora", also="lm_head|model.norm", *, keeping=None, lr=1e-2, **given):
     learns, whole = begun(model, method, also, **given)
-    with pytest.MonkeyPatch.context() as patch:
-        if stop is not None:
-            after = Keeper.after
-
-            def die(self, step, history):
-                after(self, step, history)
-                if step == stop:
-                    raise Killed
-
-            patch.setattr(Keeper, "after", die)
-        data = lessons.split(TOKENS, 12)
-        history = fit(model, learns, data, steps=STEPS, every=2, keeping=keeping, lr=lr, batch=2, seed=3)
-    return whole, history
+    data = lessons.split(TOKENS, 12)
+    return whole, fit(model, learns, data, steps=STEPS, every=2, keeping=keeping, lr=lr, batch=2, seed=3)
 
 
 def untied(llama):
@@ -117,11 +102,11 @@ def test_both_sides_of_a_tie_train_apart_when_both_are_named(llama):
 
 
 @pytest.mark.parametrize("stop", [3, pytest.param(STEPS, marks=pytest.mark.full)])
-def test_a_run_killed_and_resumed_is_the_run_that_was_not(llama, tmp_path, stop):
+def test_a_run_killed_and_resumed_is_the_run_that_was_not(llama, tmp_path, dies_at, stop):
     whole, killed, resumed = (copy.deepcopy(llama) for _ in range(3))
     _, history = trained(whole, keeping=Keeping())
-    with pytest.raises(Killed):
-        trained(killed, keeping=Keeping(folder=tmp_path, every=1), stop=stop)
+    with dies_at(stop):
+        trained(killed, keeping=Keeping(folder=tmp_path, every=1))
     _, again = trained(resumed, keeping=Keeping(folder=tmp_path, resume=True))
     have, want = resumed.state_dict(), whole.state_dict()
     assert have.keys() == want.keys() and all(torch.equal(t, want[name]) for name, t in have.items())

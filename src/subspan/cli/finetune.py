@@ -147,8 +147,7 @@ def run(
         every=validate_every, keeping=keep.Keeping(best, patience, partial, checkpoint_every, resume, facts),
     )  # fmt: skip
     save(out, loaded, learns, about, whole=whole, notes=lessons.diary(history, about), force=force)
-    if partial is not None:
-        keep.clear(partial)
+    keep.clear(partial)
     if report is not None:
         write_page(page(history, method, seed), report)
     return told(out, title(method, steps, history), about, lessons.summary(history, learns))

@@ -189,9 +189,9 @@ def vacate(folder: Path, *, resume: bool, force: bool) -> None:
     shutil.rmtree(folder)
 
 
-def clear(folder: Path) -> None:
+def clear(folder: Path | None) -> None:
     """Remove the checkpoints of a run that is finished, if there are any."""
-    if folder.is_dir() and ours(folder):
+    if folder is not None and folder.is_dir() and ours(folder):
         shutil.rmtree(folder)
 
 
