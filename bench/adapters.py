@@ -2,8 +2,10 @@
 
 SmolLM2-135M in float32, rank 16 on every linear layer of the blocks, two threads. Ours and peft's take turns on
 the same frozen weights and the same factors, after their logits were compared; medians and quartiles of the ratio
-are written. Memory is measured in a process of its own for every case: the bytes of tensors that one step makes,
-counted, and the resident memory with the model in it. The norm of a large DoRA layer is measured by itself.
+are written. A factor moves a little before each pass, as between the steps of training; where a row says
+"accumulating" it stays, as between the micro-batches of a step. Memory is measured in a process of its own for
+every case: the bytes of tensors that one step makes, counted, and the resident memory with the model in it. The
+norm of a large DoRA layer is measured by itself.
 
 Adapters in the weights: SHiRA's entries are written back and the next ones written (`adapt.switch`); LoRA takes
 W - s B A and adds another, on every linear layer of the blocks.
@@ -53,6 +55,7 @@ TARGETS = {
     "LoRA forward+backward, 2 x 256 / peft": 1.0,
     "DoRA forward+backward, 2 x 256 / peft": 0.85,
     "DoRA forward+backward, 1 x 32 / peft": 0.5,
+    "DoRA forward+backward, 1 x 32, accumulating / peft": 0.5,
     "DoRA decode, 1 token / peft": 0.3,
     "our DoRA / our LoRA, 2 x 256": 1.15,
     "LoRA memory of a step / peft": 0.9,
@@ -101,13 +104,21 @@ def same_numbers(mine: nn.Module, theirs: nn.Module) -> None:
         raise RuntimeError(f"logits differ from peft's by {(one - two).abs().max():.1e}")
 
 
-def training(model: nn.Module, shape: tuple[int, int]) -> Callable[[], None]:
-    """One forward and backward pass."""
+def training(model: nn.Module, shape: tuple[int, int], *, moves: bool = True) -> Callable[[], None]:
+    """One forward and backward pass, before which one factor of each pair `moves`."""
     ids = torch.randint(1000, 40000, shape, generator=torch.Generator().manual_seed(0))
+    factors = [p for name, p in model.named_parameters() if name.endswith((".op.u", "lora_B.default.weight"))]
+
+    @torch.no_grad()
+    def move() -> None:
+        for p in factors:
+            p.mul_(1 + 1e-6)
 
     def step() -> None:
         if not model.training:
             model.train()
+        if moves:
+            move()
         model(input_ids=ids, labels=ids).loss.backward()
         model.zero_grad(set_to_none=True)
 
@@ -144,6 +155,7 @@ def speed(rounds: int) -> dict[str, dict[str, float]]:
     for method in ("lora", "dora"):
         same_numbers(made[f"ours {method}"], made[f"peft {method}"])
     step = {shape: {name: training(model, shape) for name, model in made.items()} for shape in (LONG, SHORT)}
+    still = {name: training(model, SHORT, moves=False) for name, model in made.items()}
     bare = training(base.get_input_embeddings().requires_grad_() and base, LONG)
     token = {name: decoding(model) for name, model in made.items()}
     plan: dict[str, tuple[Callable[[], None], Callable[[], None], int]] = {
@@ -152,6 +164,7 @@ def speed(rounds: int) -> dict[str, dict[str, float]]:
         "our DoRA / our LoRA, 2 x 256": (step[LONG]["ours dora"], step[LONG]["ours lora"], 512),
         "LoRA forward+backward, 1 x 32 / peft": (step[SHORT]["ours lora"], step[SHORT]["peft lora"], 32),
         "DoRA forward+backward, 1 x 32 / peft": (step[SHORT]["ours dora"], step[SHORT]["peft dora"], 32),
+        "DoRA forward+backward, 1 x 32, accumulating / peft": (still["ours dora"], still["peft dora"], 32),
         "LoRA decode, 1 token / peft": (token["ours lora"], token["peft lora"], 1),
         "DoRA decode, 1 token / peft": (token["ours dora"], token["peft dora"], 1),
         "our LoRA / no adapter but a trained input, 2 x 256": (step[LONG]["ours lora"], bare, 512),
@@ -236,7 +249,7 @@ def switching(rounds: int) -> dict[str, dict[str, float]]:
     weights = [module.weight for module in sites(models[1]).values()]
     switch = Switch(models[0])
     few, many = sparse(switch, "few", share), sparse(switch, "many", lambda w: RANK)
-    pairs = [[factors(w, seed) for w in weights] for seed in (0, 1)]
+    pairs = [[small_pair(w, seed) for w in weights] for seed in (0, 1)]
     scale, active = ALPHA / RANK, 1
 
     @torch.no_grad()
@@ -285,7 +298,7 @@ def share(w: Tensor) -> int:
     return max(1, round(0.01 * w.numel() / sum(w.shape)))
 
 
-def factors(w: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def small_pair(w: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """A small LoRA of a weight (m, n): u (m, rank), v (rank, n)."""
     generator = torch.Generator().manual_seed(seed)
     u, v = (torch.randn(shape, generator=generator) for shape in ((w.shape[0], RANK), (RANK, w.shape[1])))

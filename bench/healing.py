@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +25,15 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from journal import Journal, Row
 from subspan.budget import Err
 from subspan.hosts import folders, jobs, lessons, text
 from subspan.hosts.score import perplexity
 from subspan.hosts.training import draw, train
-from subspan.inspect import Report, environment, loss_curves, write_page
+from subspan.inspect import Report, loss_curves, write_page
 from subspan.methods import build
 from subspan.optim import Optim
 
-Row = dict[str, Any]
 METHODS = {
     "welore_peft": (2e-4, 6e-4),
     "lora": (5e-4, 1.5e-3),
@@ -121,42 +122,24 @@ def heal(args: argparse.Namespace) -> Row:
     }  # fmt: skip
 
 
-class Journal:
-    """The rows so far, in a file that is rewritten after each; those of other settings are dropped."""
+@dataclass(frozen=True)
+class Runs:
+    """The runs so far, and new ones, each in a process of its own."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.out = args, Path(args.out)
-        self.data: Row = {"settings": {name: getattr(args, name) for name in SETTINGS}, "start": None, "rows": {}}
-        if self.out.is_file():
-            old = json.loads(self.out.read_text(encoding="utf-8"))
-            if old["settings"] == self.data["settings"]:
-                self.data = old
+    journal: Journal
+    args: argparse.Namespace
 
     def row(self, method: str, rate: float, steps: int, *, score: bool) -> Row:
-        """The row of a run, from the file or from a process of its own."""
+        """The row of a run."""
         key = f"{method} at {rate:g} for {steps}" + (" scored" if score else "")
-        if key not in self.data["rows"]:
-            more = [
-                "--method",
-                method,
-                "--rate",
-                str(rate),
-                "--steps",
-                str(steps),
-                *(["--score"] if score else []),
-            ]
-            self.data["rows"][key] = self.alone("heal", more)
-            self.write()
-        found: Row = self.data["rows"][key]
-        return found
+        more = ["--method", method, "--rate", str(rate), "--steps", str(steps), *(["--score"] if score else [])]
+        return self.journal.row("rows", key, lambda: self.alone("heal", more))
 
     def start(self) -> Row:
         """The compressed model, made when it is not there."""
-        if self.data["start"] is None or not (self.args.work / "model" / "config.json").is_file():
-            self.data["start"] = self.alone("compress", [])
-            self.write()
-        found: Row = self.data["start"]
-        return found
+        if not (self.args.work / "model" / "config.json").is_file():
+            self.journal.data["start"] = {}
+        return self.journal.row("start", "compressed", lambda: self.alone("compress", []))
 
     def alone(self, what: str, more: list[str]) -> Row:
         """Run this file in a new process, which prints its row."""
@@ -167,24 +150,17 @@ class Journal:
         found: Row = json.loads(done.stdout.splitlines()[-1])
         return found
 
-    def write(self) -> None:
-        """Write beside, then rename, so that a killed run leaves whole json."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.out.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data | {"environment": environment(self.args.seed)}, indent=1) + "\n")
-        partial.replace(self.out)
 
-
-def best_rate(journal: Journal, method: str, args: argparse.Namespace) -> float:
+def best_rate(runs: Runs, method: str, args: argparse.Namespace) -> float:
     """The rate whose short run ends lowest on the windows to choose by."""
     rates = METHODS[method]
-    ends = {rate: journal.row(method, rate, args.probe, score=False)["validation"][-1][1] for rate in rates}
+    ends = {rate: runs.row(method, rate, args.probe, score=False)["validation"][-1][1] for rate in rates}
     return min(ends, key=lambda rate: ends[rate])
 
 
 def page(data: Row, chosen: dict[str, Row]) -> Report:
     """Table and picture."""
-    start, settings = data["start"], data["settings"]
+    start, settings = data["start"]["compressed"], data["settings"]
     report = Report("Healing a compressed language model", settings["model"], seed=settings["seed"], data=data)
     report.section(
         "The same model, healed in five ways",
@@ -243,11 +219,11 @@ def main() -> None:
     if args.do:
         print(json.dumps((compressed if args.do == "compress" else heal)(args)))
         return
-    journal = Journal(args)
-    journal.start()
+    journal = Journal(args.out, {name: getattr(args, name) for name in SETTINGS}, "start", "rows")
+    runs = Runs(journal, args)
+    runs.start()
     chosen = {
-        method: journal.row(method, best_rate(journal, method, args), args.steps, score=True)
-        for method in args.methods
+        method: runs.row(method, best_rate(runs, method, args), args.steps, score=True) for method in args.methods
     }
     report = page(journal.data, chosen)
     for block in report.blocks:

@@ -303,8 +303,9 @@ def test_the_workspace_of_the_norm_is_of_the_factors_size(cancel):
     assert peak.most < w.nbytes / 4
 
 
-def test_rescale_remembers_and_is_never_stale():
-    adapted, x = put("rescale").eval(), rand(4, N, seed=7)
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_rescale_remembers_and_is_never_stale(mode):
+    adapted, x = put("rescale").train(mode), rand(4, N, seed=7)
     slot = adapted.slot("a")
     op, join = slot.op, slot.join
 
@@ -390,14 +391,13 @@ def test_what_is_remembered_is_neither_saved_nor_copied():
 def test_norms_know_a_parameter_by_itself_its_memory_and_its_version():
     w, op, norms = nn.Parameter(rand(M, N), requires_grad=False), lowrank(), Norms()
     assert stays(w) and not stays(w.detach()) and not stays(w.to("meta"))
-    found = norms(w, op.u, op.v, 0.5, keep=True)
+    found = norms(w, op.u, op.v, 0.5)
     seen = norms._seen
     assert isinstance(seen, Seen) and seen.knows(w) and not seen.knows(w.detach())
-    assert norms(w, op.u, op.v, 0.5, keep=True) is found
-    assert norms(w, op.u, op.v, 0.5, keep=False) is not found
+    assert norms(w, op.u, op.v, 0.5) is found
     w.add_(1)
     assert not seen.knows(w)
-    assert_close(norms(w, op.u, op.v, 0.5, keep=True), row_norms(w, Dense(op.dense().detach()), 0.5))
+    assert_close(norms(w, op.u, op.v, 0.5), row_norms(w, Dense(op.dense().detach()), 0.5))
     norms.forget()
     assert norms._seen is None
 
@@ -406,6 +406,6 @@ def test_weights_of_inference_mode_and_of_meta_are_measured_without_memory():
     with torch.inference_mode():
         w = nn.Parameter(rand(M, N), requires_grad=False)
         assert not stays(w)
-        found = Norms()(w, lowrank().u, lowrank().v, 0.5, keep=True)
+        found = Norms()(w, lowrank().u, lowrank().v, 0.5)
     assert_close(found.clone(), row_norms(rand(M, N), lowrank(), 0.5))
     assert norms_lowrank(*(t.to("meta") for t in (rand(M, N), lowrank().u, lowrank().v)), 1.0).shape == (M,)

@@ -175,13 +175,14 @@ def _equal(one: Tensor, two: Tensor) -> bool:
 
 
 class Norms:
-    """`norms_lowrank` that remembers |w| of a weight that stays, and when asked to `keep`, the norms.
+    """`norms_lowrank` that remembers |w| of a weight that stays, and the norms of a sum that stays.
 
     |w| is used again for the very same parameter, unless an operation has written to it since (its version
     counter) or its memory has moved. A write through `w.data` is not seen: call `forget`, or switch the module's
     `train` mode, after one. Nothing is remembered in a process that cuts a model by `fully_shard`, which gathers
-    weights into the same parameter without a trace. Kept norms are used again only when u and v are equal to what
-    they were, entry by entry. A copy and a pickle begin with nothing remembered.
+    weights into the same parameter without a trace. The norms are used again only when u and v are equal to what
+    they were, entry by entry, as they are between the micro-batches of a step, or when a checkpoint computes a
+    layer twice. A copy and a pickle begin with nothing remembered.
     """
 
     def __init__(self) -> None:
@@ -194,7 +195,7 @@ class Norms:
         """Remember nothing."""
         self._seen = None
 
-    def __call__(self, w: Tensor, u: Tensor, v: Tensor, scale: float, *, keep: bool) -> Tensor:
+    def __call__(self, w: Tensor, u: Tensor, v: Tensor, scale: float) -> Tensor:
         """|w + scale * u v| of every row, (m,)."""
         if not stays(w):
             return norms_lowrank(w, u, v, scale)
@@ -202,11 +203,10 @@ class Norms:
         if seen is None or not seen.knows(w):
             with torch.no_grad():
                 seen = Seen(weakref.ref(w), (w.data_ptr(), w._version), lengths(w))
-        known = seen.norms(u, v) if keep else None
+        known = seen.norms(u, v)
         if known is None:
             known = norms_lowrank(w, u, v, scale, seen.length)
-            factors = (u.detach().clone(), v.detach().clone(), known) if keep else None
-            seen = Seen(seen.w, seen.version, seen.length, factors)
+            seen = Seen(seen.w, seen.version, seen.length, (u.detach().clone(), v.detach().clone(), known))
         self._seen = seen
         return known
 

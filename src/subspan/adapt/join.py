@@ -97,8 +97,7 @@ class Rescale(nn.Module):
     ValueError.
 
     The norms of a low-rank op come from its factors (`fast.norms_lowrank`). The row norms of a base parameter are
-    remembered while no operation writes to it, and in eval mode so are those of the sum while the factors are
-    equal. A write through `base.weight.data` is seen only after a call of `train` or `eval`, or a move.
+    remembered while no operation writes to it, and so are those of the sum while the factors are equal. A write through `base.weight.data` is seen only after a call of `train` or `eval`, or a move.
     """
 
     def __init__(self, scale: float = 1.0, mu: Tensor | None = None) -> None:
@@ -152,7 +151,7 @@ class Rescale(nn.Module):
         pair = factors(op)
         if pair is None:
             return row_norms(w, op, self.scale)
-        return self._norms(w, *pair, self.scale, keep=not self.training)
+        return self._norms(w, *pair, self.scale)
 
     def remainder(self, w: Tensor, op: LinOp) -> Tensor:
         """w - scale * op, (m, n)."""

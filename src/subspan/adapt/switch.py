@@ -28,7 +28,7 @@ class Change:
     def write(self, values: Tensor) -> None:
         """Put values (k,) at the places."""
         # Of the five ways that torch has, the fastest on a CPU.
-        self.weight.view(-1).scatter_(0, self.at, values)
+        self.weight.put_(self.at, values)
 
 
 class Switch:
