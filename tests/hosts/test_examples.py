@@ -21,8 +21,8 @@ def imported(name: str):
     return module
 
 
-def test_both_ways_of_training_have_their_example():
-    assert EXAMPLES == ["lightning_loop.py", "plain_loop.py"]
+def test_every_way_of_training_has_its_example():
+    assert EXAMPLES == ["lightning_loop.py", "plain_loop.py", "trainer_loop.py"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

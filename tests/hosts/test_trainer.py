@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 
+from subspan.adapt import adapt, trainable
+from subspan.edit import edit
 from subspan.hosts.trainer import optimizer_factory, optimizer_for
 from subspan.methods import build, methods
-from subspan.optim import Adam, Sgd
+from subspan.optim import Adam, Optim, Recipe, Sgd, hasten
+from subspan.optim.pairs import usual
 
 STEPS, SAVED = 8, 5  # with every=4 the checkpoint lies within a refresh interval
 SMALL = {"rank": 4, "every": 4}
@@ -279,6 +283,57 @@ def test_what_does_not_exist_is_named_before_training(tmp_path, method, options,
         optimizer_factory(method, arguments(tmp_path), **options)
     with pytest.raises(ValueError, match=re.escape(message)):
         optimizer_for(nn.Linear(2, 2), method, arguments(tmp_path), **options)
+
+
+# ---- adapters
+
+
+def adapted(method: str, **given) -> LlamaForCausalLM:
+    start = model(dropout=0.0).requires_grad_(False)
+    edit(start, "*_proj", adapt(build(method, **given)))
+    return start
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [("lora_plus", {"rank": 2, "ratio": 8.0}), ("lora_pro", {"rank": 2}), ("dora", {"rank": 2})],
+)
+def test_an_adapter_brings_its_rule_and_its_ratio_and_resumes_bit_for_bit(tmp_path, method, given):
+    args, batches = arguments(tmp_path / "whole"), []
+    whole = trainer(
+        args,
+        optimizer_factory(method, args, **given),
+        start=adapted(method, **given),
+        data_collator=lambda rows: batches.append(default_data_collator(rows)) or batches[-1],
+    )
+    whole.train()
+    by_hand, put = adapted(method, **given).train(), usual(build(method, **given))
+    rule = replace(put.rule, rule=Adam(0.7, 0.9, 1e-3)) if isinstance(put.rule, Recipe) else Adam(0.7, 0.9, 1e-3)
+    settings = {"lr": args.learning_rate, "weight_decay": 0.3, "other": Adam(0.7, 0.9, 1e-3), "seed": 7}
+    optimizer = hasten(Optim(trainable(by_hand), rule, **settings), put.ratio)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: max(0.0, 0.5 * (1.0 + math.cos(math.pi * t / STEPS)))
+    )
+    for batch in batches[:STEPS]:
+        optimizer.zero_grad()
+        by_hand(**batch).loss.backward()
+        clip_grad_norm_(by_hand.parameters(), args.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+    resumed = trainer(
+        arguments(tmp_path / "resumed"),
+        optimizer_factory(method, args, **given),
+        start=adapted(method, **given),
+    )
+    resumed.train(resume_from_checkpoint=f"{tmp_path}/whole/checkpoint-{SAVED}")
+    for other in (by_hand, resumed.model):
+        for (name, p), q in zip(whole.model.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q), name
+
+
+def test_an_adapter_whose_ranks_move_is_refused_with_the_way(tmp_path):
+    with pytest.raises(ValueError, match=r"adalora moves its ranks .* RankSchedule\(model, rule\)\.attach"):
+        optimizer_factory("adalora", arguments(tmp_path), rank=2)
 
 
 def test_a_method_that_steps_by_a_closure_is_refused_at_once(tmp_path):
