@@ -341,7 +341,7 @@ def test_a_module_to_save_whose_name_ends_others(good, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("fields", [{}, {"trainable_token_indices": {"embed_tokens": [1, 5]}}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"trainable_token_indices": {"lm_head": [1, 5]}}], ids=str)
 def test_trained_rows_of_an_embedding_are_refused_and_not_dropped(fields, good, tmp_path):
     key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     folder = changed(good, tmp_path / "a", tensors=lambda t: t | {key: torch.ones(2, 16)}, **fields)

@@ -97,7 +97,8 @@ class Rescale(nn.Module):
     ValueError.
 
     The norms of a low-rank op come from its factors (`fast.norms_lowrank`). The row norms of a base parameter are
-    remembered while no operation writes to it, and so are those of the sum while the factors are equal. A write through `base.weight.data` is seen only after a call of `train` or `eval`, or a move.
+    remembered while no operation writes to it, and so are those of the sum while the factors are equal. A write
+    through `base.weight.data` is seen only after a call of `train` or `eval`, or a move.
     """
 
     def __init__(self, scale: float = 1.0, mu: Tensor | None = None) -> None:

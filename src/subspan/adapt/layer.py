@@ -131,6 +131,9 @@ class Adapted(nn.Module):
     True
     """
 
+    site: str = ""
+    """Where it stands in its model, for what it says when it fails; empty where nobody told."""
+
     def __init__(self, base: Adaptable | sites.Expert) -> None:
         super().__init__()
         require({"base": base})
@@ -246,11 +249,14 @@ class Adapted(nn.Module):
     def matrix(self) -> Tensor:
         """The folded matrix (m, n), computed in float32 at least and cast once to the base's dtype.
 
-        Raises ValueError when a gate is active.
+        Raises ValueError, naming the site, when a gate is active.
         """
         w = matrix(self.base)
-        with uncast(w.device.type):
-            return self.folded(self._active).weight.to(w.dtype)
+        try:
+            with uncast(w.device.type):
+                return self.folded(self._active).weight.to(w.dtype)
+        except ValueError as error:
+            raise ValueError(f"{self.site}: {error}" if self.site else str(error)) from error
 
     @property
     def weight(self) -> Tensor:
@@ -280,6 +286,7 @@ def adapt(adapter: Adapter, name: str = "default") -> Callable[[str, nn.Module],
 
     def make(site: str, module: nn.Module) -> nn.Module:
         adapted = _restack(site, module)
+        adapted.site = site
         op = start(site, adapted.ground.detach())
         try:
             adapted.add(name, op, adapter.join, adapter.base)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from subspan import site
 from subspan.adapt.fast import uncast
 from subspan.adapt.join import Add, Join, Layer
-from subspan.ops import LinOp, OpConv, OpEmbedding, OpLayer, OpLinear, factors
+from subspan.ops import Columns, LinOp, OpConv, OpEmbedding, OpLayer, OpLinear, Transposed, factors
 from subspan.ops.layer import Window
 
 Linear = nn.Linear | OpLinear
@@ -144,11 +144,14 @@ class Table:
         return F.embedding(ids, w, self.padding, scale_grad_by_freq=self.by_frequency)
 
     def op(self, ids: Tensor, op: LinOp) -> Tensor:
-        """Rows of an op; of a low-rank one without its matrix."""
+        """Rows of an op; of a low-rank one, and of one with few rows, without its matrix."""
         pair = None if self.by_frequency else factors(op)
-        if pair is None:
+        if isinstance(op, Transposed) and isinstance(op.op, Columns) and not self.by_frequency:
+            rows = F.linear((ids.unsqueeze(-1) == op.op.index).to(op.op.values.dtype), op.op.values)
+        elif pair is not None:
+            rows = F.linear(F.embedding(ids, pair[0]), pair[1].mT)
+        else:
             return self.matrix(ids, op.dense())
-        rows = F.linear(F.embedding(ids, pair[0]), pair[1].mT)
         if self.padding is None:
             return rows
         return torch.where((ids == self.padding).unsqueeze(-1), rows.detach(), rows)

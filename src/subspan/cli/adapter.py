@@ -16,7 +16,7 @@ from subspan.hosts import folders, jobs
 from subspan.hosts.peft import save_peft
 from subspan.hosts.peft_change import Cut, Difference, as_lora, compare, write_lora
 from subspan.hosts.peft_keys import PREFIX
-from subspan.hosts.peft_merge import effect, merge_folder, opened_with
+from subspan.hosts.peft_merge import effect, merge_folder, opened_with, refuse_gate
 from subspan.hosts.peft_read import AdapterFolder, Weights, base_of, read_adapter
 
 EXAMPLE = "subspan adapter merge smollm2 runs/lora -o merged"
@@ -98,6 +98,7 @@ def convert(
     if dtype is not None and to is Form.subspan:
         raise typer.BadParameter("--dtype belongs to --to lora and --to peft")
     saved = read_adapter(adapter, prefix=prefix, root=root)
+    refuse_gate(saved)
     kept = None if dtype is None else getattr(torch, dtype)
     if to is Form.lora:
         return _to_lora(saved, out, rank=rank, base=base, dtype=kept, force=force)
@@ -109,6 +110,8 @@ def convert(
             loaded.model, out, modules_to_save=modules, base=source, rslora=saved.method == "rslora",
             dtype=kept, force=force,
         )  # fmt: skip
+        if (words := jobs.tokenizer_of(saved)) is not None:
+            words.save_pretrained(out)
     else:
         _to_subspan(saved, source, out, force=force)
     return Result({"out": str(out), "to": str(to), "method": saved.method}, (f"wrote {out}",))
@@ -159,6 +162,8 @@ def diff(
 ) -> Result:
     """Compare what two adapters change, layer by layer: norms, cosine, ranks, and what only one has."""
     pair = [read_adapter(path, prefix=prefix, root=root) for path in (one, two)]
+    for saved in pair:
+        refuse_gate(saved)
     needy = next((saved for saved in pair if saved.reads_base), None)
     weight = Weights(base_of(needy, base)) if needy else None
     found = compare(pair[0], pair[1], weight or _no_weight)

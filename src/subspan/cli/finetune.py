@@ -34,6 +34,7 @@ from subspan.cli.common import (
 )
 from subspan.hosts import folders, jobs, keep, lessons, samples, text
 from subspan.hosts.transformers import LoadedModel
+from subspan.hosts.vocabulary import NewTokens, add_tokens
 from subspan.inspect import Report, loss_curves, write_page
 from subspan.methods import find
 from subspan.optim import checkpoint
@@ -81,6 +82,15 @@ TrainAlso = Annotated[
         help="Modules to train whole beside an adapter, e.g. 'lm_head|*norm'; OUT is then a folder of PEFT.",
     ),
 ]
+Added = Annotated[
+    str | None,
+    typer.Option(
+        "--new-tokens",
+        metavar="A,B",
+        help="Special tokens to add, e.g. '<think>,</think>', whose rows train beside an adapter; OUT is then a "
+        "folder of PEFT with a tokenizer.",
+    ),
+]
 BaseBits = Annotated[
     int | None, typer.Option("--base-bits", help="Hold the layers under an adapter in 4 or 8 bits, as QLoRA does.")
 ]
@@ -95,6 +105,7 @@ def run(
     rank: Rank = None,
     alpha: Alpha = None,
     train_also: TrainAlso = None,
+    new_tokens: Added = None,
     base_bits: BaseBits = None,
     every: Every = None,
     teacher: Teacher = None,
@@ -119,25 +130,25 @@ def run(
 
     The text may also be prompts with completions, or conversations, as rows of jsonl. The last tenth is held out,
     and what is saved is the best state by it. An adapter is saved alone and names its base; the other kinds save
-    the whole model. With --train-also it is a folder of PEFT. In train.json lies every loss.
+    the whole model. With --train-also or --new-tokens it is a folder of PEFT. In train.json lies every loss.
     """
-    require_adapter(method, train_also=train_also, base_bits=base_bits)
+    require_adapter(method, train_also=train_also, new_tokens=new_tokens, base_bits=base_bits)
     master = lessons.teacher_for(method, model, teacher)
     jobs.vacant(out, force=force, reads=[model, *data, *([] if master is None else [master])])
     partial = room(out, resume=resume, force=force) if resume or checkpoint_every else None
     count = None if rank is None else lessons.parse_rank(rank)
-    loaded = jobs.opened(model, dtype=dtype, device=device, seed=seed)
+    loaded, new = enlarged(jobs.opened(model, dtype=dtype, device=device, seed=seed), new_tokens)
     few = None if base_bits is None else narrowed(loaded, base_bits, str(dtype.value))
-    found = material(loaded, data, window)
+    found = material(loaded, data, window, new)
     above = None if master is None else jobs.opened(master, dtype=dtype, device=device, merged=True).model
     look = lessons.glance(found, batch, seed=seed, device=jobs.device_of(loaded.model))
-    learns, whole = begun(
-        loaded, method, few, train_also, steps=steps, select=select, rank=count, alpha=alpha, every=every,
+    learns, modules = begun(
+        loaded, method, few, train_also, new, steps=steps, select=select, rank=count, alpha=alpha, every=every,
         teacher=above, look=look,
     )  # fmt: skip
     rate = lessons.default_lr(method, scratch=False) if lr is None else lr
     about = {"method": method, "args": learns.args, "lr": rate, "seed": seed, "data": data}
-    about |= known(teacher=master, quantized=few, train_also=None if whole is None else list(whole.modules))
+    about |= known(teacher=master, quantized=few, train_also=modules or None, new_tokens=new and list(new.names))
     facts = {
         **about, "model": model, "select": select, "steps": steps, "batch": batch, "dtype": str(dtype.value),
         "validate_every": validate_every, "patience": patience, "best": best, "tokens": digest(found),
@@ -146,7 +157,7 @@ def run(
         loaded.model, learns, found, steps=steps, batch=batch, lr=rate, seed=seed, label=method,
         every=validate_every, keeping=keep.Keeping(best, patience, partial, checkpoint_every, resume, facts),
     )  # fmt: skip
-    save(out, loaded, learns, about, whole=whole, notes=lessons.diary(history, about), force=force)
+    save(out, loaded, learns, about, modules=modules, notes=lessons.diary(history, about), force=force)
     keep.clear(partial)
     if report is not None:
         write_page(page(history, method, seed), report)
@@ -177,20 +188,42 @@ def narrowed(loaded: LoadedModel, bits: int, dtype: str) -> dict[str, Any]:
     return few
 
 
+def enlarged(loaded: LoadedModel, new_tokens: str | None) -> tuple[LoadedModel, NewTokens | None]:
+    """The model with the new tokens in its vocabulary, of which it is said where they are."""
+    if new_tokens is None:
+        return loaded, None
+    made, new = add_tokens(loaded, [token.strip() for token in new_tokens.split(",")])
+    named = ", ".join(f"{token} ({number})" for token, number in zip(new.names, new.ids, strict=True))
+    place = f"grew by {new.grown} rows" if new.grown else "had rows to spare"
+    note(f"new tokens: {named}; the vocabulary {place}")
+    return made, new
+
+
 def begun(
-    loaded: LoadedModel, method: str, few: dict[str, Any] | None, train_also: str | None, **given: Any
-) -> tuple[lessons.Learning, keep.Whole | None]:
-    """What learns, and the modules that learn whole with it, of which it is said what is no longer tied."""
+    loaded: LoadedModel,
+    method: str,
+    few: dict[str, Any] | None,
+    train_also: str | None,
+    new: NewTokens | None,
+    **given: Any,
+) -> tuple[lessons.Learning, list[str] | None]:
+    """What learns, and the modules that learn whole with it, of which it is said what is no longer tied.
+
+    None of modules where the adapter learns alone, without rows of tokens too.
+    """
     learns = lessons.learning(loaded.model, method, **given)
     if few is not None:
         jobs.require_narrow(loaded.model, method)
+    if new is not None:
+        rows = keep.train_tokens(loaded.model, new.ids, new.start)
+        learns = replace(learns, named=[*learns.named, *rows])
     if train_also is None:
-        return learns, None
+        return learns, None if new is None else []
     whole = keep.train_whole(loaded.model, train_also)
     note(f"training whole: {', '.join(whole.modules)}")
     for name, other in whole.untied.items():
         note(f"{name} shared its weight with {other}; it has its own now, and {other} keeps the old one")
-    return replace(learns, named=[*learns.named, *whole.named]), whole
+    return replace(learns, named=[*learns.named, *whole.named]), list(whole.modules)
 
 
 def told(out: Path, what: str, about: dict[str, Any], result: dict[str, Any]) -> Result:
@@ -221,16 +254,28 @@ def room(out: Path, *, resume: bool, force: bool) -> Path:
     return folder
 
 
-def material(loaded: LoadedModel, data: list[str], window: int | None) -> lessons.Split | samples.Rows:
-    """What to train and to validate on; raises what reading it raises.
+def material(
+    loaded: LoadedModel, data: list[str], window: int | None, new: NewTokens | None = None
+) -> lessons.Split | samples.Rows:
+    """What to train and to validate on; raises what reading it raises. New tokens that are not in it are named."""
+    found = content(loaded, data, window)
+    ids = torch.cat([sample.ids for sample in found.train]) if isinstance(found, samples.Rows) else found.train
+    for token, number in zip(new.names, new.ids, strict=True) if new is not None else ():
+        if not bool((ids == number).any()):
+            note(f"{token} is nowhere in the training data; where it belongs is not learnt")
+    return found
+
+
+def content(loaded: LoadedModel, data: list[str], window: int | None) -> lessons.Split | samples.Rows:
+    """The text in windows, or samples.
 
     Unless told, samples may be longer than windows of text: a batch is only as long as its longest sample.
     """
     if not samples.is_jsonl(data):
         length = jobs.window_for(loaded.model, window, usual=128)
-        content = text.read(data)
-        note(f"training on {len(content):,} characters")
-        return lessons.split(jobs.tokens(loaded.tokenizer, content), length)
+        read = text.read(data)
+        note(f"training on {len(read):,} characters")
+        return lessons.split(jobs.tokens(loaded.tokenizer, read), length)
     length = jobs.window_for(loaded.model, window, usual=1024)
     found = samples.read(data, loaded.tokenizer, length)
     rows = samples.split(found.samples)
@@ -260,13 +305,13 @@ def save(
     learns: lessons.Learning,
     about: dict[str, Any],
     *,
-    whole: keep.Whole | None = None,
+    modules: list[str] | None = None,
     notes: dict[str, Any],
     force: bool,
 ) -> None:
-    """Write what was trained: an adapter alone, or with modules for PEFT, anything else as a whole model."""
-    if whole is not None:
-        keep.save_whole(out, loaded, whole.modules, about, notes=notes, force=force)
+    """Write what was trained: an adapter alone, or with modules or rows of tokens for PEFT, else a whole model."""
+    if modules is not None:
+        keep.save_whole(out, loaded, modules, about, notes=notes, force=force)
     elif learns.kind == "adapter":
         folders.save_adapter(
             out, loaded.model, method=about["method"], args=learns.args, source=loaded.source,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from subspan import io
 from subspan.adapt import Adapted, Adapter, adapt, remembered
 from subspan.adapt.layer import Slot
+from subspan.adapt.tokens import carries_rows
 from subspan.adapt.triples import cut_as_saved
 from subspan.edit import edit
 from subspan.hosts import quantizer
@@ -122,6 +123,11 @@ def save_adapter(
         raise ValueError(f"{type(model).__name__} carries no adapter; adapt it first")
     for site, adapted in found.items():
         names = list(adapted.adapters)
+        if carries_rows(adapted):
+            raise ValueError(
+                f"{site} has rows of single tokens that train, which only a folder of PEFT holds; save it with "
+                "keep.save_whole or save_peft"
+            )
         if names != ["default"]:
             raise ValueError(
                 f"{site} carries the adapters {', '.join(names)}; a folder holds one, named 'default'"

@@ -17,6 +17,7 @@ from subspan.budget import Bytes, Energy, Err, Ratio
 from subspan.compress import Calibration, Compression, OneShot, Study, Track, Walk, study
 from subspan.edit import Edit, edit
 from subspan.hosts import folders, quantizer, text
+from subspan.hosts import transformers as host
 from subspan.hosts.meter import Meter
 from subspan.hosts.peft_read import AdapterFolder, base_of, is_adapter, read_adapter
 from subspan.hosts.score import decode_speed, nll
@@ -113,15 +114,23 @@ def put_on(
 ) -> tuple[LoadedModel, Edit]:
     """Open a model and put an adapter on it, on a base of as many bits as it was trained on.
 
-    In the precision that the adapter's numbers depend on, else in `dtype`. Raises what `open_model` and the
-    adapter's `put` raise.
+    In the precision that the adapter's numbers depend on, else in `dtype`. One with rows of single tokens brings
+    the tokenizer that knows them, if it lies there. Raises what `open_model` and the adapter's `put` raise.
     """
     few = quantizer.few_bits(saved.path)
     own = saved.dtype or (few["dtype"] if few else dtype)
     loaded = folders.open_model(model, dtype=own, device=device, progress=progress)
     if few and not any(map(quantizer.narrowed, loaded.model.modules())):
         quantizer.narrow(loaded.model, few["bits"], block=few["block"])
+    if (words := tokenizer_of(saved)) is not None:
+        loaded = replace(loaded, tokenizer=words)
     return loaded, saved.put(loaded.model, name)
+
+
+def tokenizer_of(saved: AdapterFolder) -> Any:
+    """The tokenizer that lies beside rows of single tokens, None where there is none."""
+    there = bool(saved.tokens.values) and host.has_tokenizer(saved.path)
+    return host.tokenizer(saved.path) if there else None
 
 
 def narrow_base(model: nn.Module, bits: int, dtype: str) -> Json:
@@ -142,10 +151,21 @@ def require_narrow(model: nn.Module, method: str) -> None:
 def fold(model: nn.Module) -> int:
     """Replace every adapted layer by a plain one with the adapters merged; returns how many there were.
 
-    Experts of a 3-D parameter become one again.
+    Experts of a 3-D parameter become one again, and layers of one weight that share their ops stay tied.
     """
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
-    edit(model, list(adapted), lambda name, _: merge(adapted[name]))
+    tables: dict[object, Tensor] = {}
+
+    def plain(name: str, _: nn.Module) -> nn.Module:
+        made = merge(adapted[name])
+        if isinstance(made, nn.Linear | nn.Embedding) and adapted[name].active:
+            ops = tuple(adapted[name].slot(one).op for one in adapted[name].active)
+            first = tables.setdefault(ops, made.weight)
+            if first is not made.weight and torch.equal(first, made.weight):
+                made.weight = first
+        return made
+
+    edit(model, list(adapted), plain)
     again = {name: new for name, m in quantizer.stacks(model).items() if (new := whole(m)) is not m}
     edit(model, list(again), lambda name, _: again[name])
     return len(adapted)

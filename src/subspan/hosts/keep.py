@@ -16,11 +16,16 @@ from torch import Tensor, nn
 
 from subspan import io
 from subspan.adapt import Adapted
+from subspan.adapt.layers import matrix
+from subspan.adapt.tokens import carries_rows, shared_rows
 from subspan.edit import edit, sharers
 from subspan.hosts import folders
 from subspan.hosts.peft import check_modules, layers_of, save_peft
+from subspan.hosts.peft_tokens import refuse_ends
 from subspan.hosts.peft_write import factor_of, type_of, written_as
 from subspan.hosts.transformers import LoadedModel
+from subspan.hosts.vocabulary import ends
+from subspan.linalg import wide
 from subspan.ops import OpLayer
 from subspan.optim import Optim, checkpoint
 from subspan.select import Select, matcher, pick
@@ -238,13 +243,57 @@ def train_whole(model: nn.Module, select: Select) -> Whole:
     return Whole(tuple(names), named, untied)
 
 
+def train_tokens(
+    model: nn.Module, ids: Sequence[int], start: Mapping[int, Sequence[int]] = {}
+) -> list[tuple[str, nn.Parameter]]:
+    """Let the rows of single tokens train beside an adapter, in place, as PEFT's `trainable_token_indices`.
+
+    They train where tokens are read in and where they are scored: one set of rows where the head is tied to the
+    embeddings, else two. All other rows stay. `start` names tokens whose mean row a row starts as. What trains is
+    the change (n, k) of the rows; returns it with its names, for the optimizer. Raises ValueError for ids that are
+    not in the vocabulary or listed twice, for embeddings or a head that carry an adapter, and when no folder of
+    PEFT could hold rows and adapter.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from subspan.adapt import adapt
+    >>> from subspan.methods.adapters import lora
+    >>> sizes = {"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    >>> done = edit(model, "*.q_proj", adapt(lora(rank=1)))
+    >>> [(name, p.shape) for name, p in train_tokens(model, [8], {8: [2, 3]})]
+    [('model.embed_tokens.rows', torch.Size([4, 1]))]
+    """
+    there, layers = ends(model), layers_of(model)
+    require_peft(layers)
+    if taken := [name for name in there.sources if isinstance(layers[name], Adapted)]:
+        raise ValueError(
+            f"{taken[0]} carries an adapter, and rows of tokens stand alone; leave it out with '!{taken[0]}'"
+        )
+    refuse_ends({name: layers[name] for name in there.sources})
+    count = len(matrix(layers[there.embedding]))
+    if not ids or len(set(ids)) < len(ids) or not 0 <= min(ids) <= max(ids) < count:
+        raise ValueError(f"ids {list(ids)} must be of the {count} tokens of the vocabulary, each once")
+
+    def change(_: str, w: Tensor) -> tuple[Tensor, Tensor]:
+        rows = [wide(w[list(start.get(i, [i]))]).mean(0) - wide(w[i]) for i in ids]
+        return torch.tensor(ids), torch.stack(rows)
+
+    edit(model, list(there.sources), shared_rows(there.sources, change))
+    return [
+        (f"{site}.rows", p)
+        for site in dict.fromkeys(there.sources.values())
+        for p in model.get_submodule(site).parameters()
+        if p.requires_grad
+    ]
+
+
 def _own(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_parameters(recurse=False)}
 
 
 def require_peft(layers: Mapping[str, nn.Module]) -> None:
     """Raise ValueError, as `save_peft` does, for an adapter on these layers that no folder of PEFT holds."""
-    found = {site: m for site, m in layers.items() if isinstance(m, Adapted)}
+    found = {site: m for site, m in layers.items() if isinstance(m, Adapted) and not carries_rows(m)}
     kind = type_of(found, layers="all")
     if kind == "LORA":
         factor_of(*next(iter(found.items())))
@@ -261,14 +310,17 @@ def save_whole(
     notes: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write an adapter and the modules that trained whole with it as a folder of PEFT; see `io.staged`.
+    """Write an adapter and the modules and rows of tokens that trained with it as a folder of PEFT.
 
-    Of `about`, `method` says what it is, and a base that was quantized to train on is written down beside it.
+    Of `about`, `method` says what it is, and a base that was quantized to train on is written down beside it. The
+    tokenizer lies there too where rows of tokens train. See `io.staged`.
     """
     base = str(Path(loaded.source).resolve()) if Path(loaded.source).is_dir() else loaded.source
     with io.staged(out, force=force) as folder:
         save_peft(loaded.model, folder, modules_to_save=modules, base=base, rslora=about.get("method") == "rslora")
         if "quantized" in about:
             io.write_about(folder, {"kind": "peft", "sites": [], **about})
+        if any(map(carries_rows, loaded.model.modules())):
+            loaded.tokenizer.save_pretrained(folder)
         folders.write_notes(folder, notes)
     return Path(out)

@@ -323,7 +323,8 @@ def keeper_for(
     """What keeps the trained tensors; its checkpoints hold the adapters' fixed ones and the ranks' state too."""
     trained = dict(learns.named)
     known = {id(t) for t in trained.values()}
-    fixed = {name: t for name, t in added(model).items() if id(t) not in known}
+    # What two sites share has two names.
+    fixed = dict({id(t): (name, t) for name, t in added(model).items() if id(t) not in known}.values())
     moving = {} if schedule is None else {f"ranks/{key}": t for key, t in schedule.state_dict().items()}
     since = 1 if schedule is None else schedule.rule.settled
     return Keeper(trained, optimizer, keeping, more=fixed | moving, since=since)

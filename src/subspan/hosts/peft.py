@@ -20,6 +20,7 @@ from subspan import io, shards
 from subspan.adapt import Adapted, Adapter, Add, FromWeight, SubtractInit, adapt
 from subspan.adapt.layers import Use, use_of
 from subspan.adapt.layers import matrix as matrix_of
+from subspan.adapt.tokens import carries_rows
 from subspan.edit import Edit, Make, edit
 from subspan.hosts.peft_config import AUTOMATIC, PeftConfig, read_config
 from subspan.hosts.peft_given import Given
@@ -37,7 +38,9 @@ from subspan.hosts.peft_keys import (
     some,
     sort_tensors,
 )
+from subspan.hosts.peft_tokens import TokenRows, split_tokens, written_tokens
 from subspan.hosts.peft_types import TYPES
+from subspan.hosts.peft_write import check_modules as check_modules
 from subspan.hosts.peft_write import (
     class_of,
     form_of,
@@ -49,6 +52,7 @@ from subspan.hosts.peft_write import (
     write_peft,
 )
 from subspan.hosts.peft_write import factor_of as factor_of
+from subspan.hosts.peft_write import layers_of as layers_of
 from subspan.hosts.peft_write import low_rank as low_rank
 from subspan.hosts.peft_write import type_of as type_of
 from subspan.hosts.peft_write import written_as as written_as
@@ -74,6 +78,7 @@ class PeftFolder:
     whole: Mapping[str, Tensor]
     bases: Mapping[str, Tensor]
     forms: Mapping[str, tuple[int, ...]]
+    tokens: TokenRows
 
     @property
     def sites(self) -> dict[str, Triple]:
@@ -138,14 +143,15 @@ def read_peft(folder: str | Path, *, prefix: str = PREFIX, root: str = "") -> Pe
         )
     tensors = io.read_tensors(folder / TENSORS)
     try:
-        found = sort_tensors(tensors, config, prefix=prefix, root=root)
+        tokens, rest = split_tokens(tensors, config)
+        found = sort_tensors(rest, config, prefix=prefix, root=root)
     except ValueError as problem:
         raise ValueError(f"{folder / TENSORS}: {problem}") from None
     for key, tensor in tensors.items():
         whole = key.endswith(INDEX)  # saved as floats on Windows
         if not (tensor.is_floating_point() or whole) or not tensor.isfinite().all():
             raise ValueError(f"{folder / TENSORS}: {key} holds NaN, Inf or no floats; save the adapter again")
-    return PeftFolder(folder, config, *found)
+    return PeftFolder(folder, config, *found, tokens.at(folder, prefix=prefix, root=root))
 
 
 def load_peft(
@@ -162,17 +168,24 @@ def load_peft(
 def put_peft(model: nn.Module, saved: PeftFolder, name: str = "default") -> Edit:
     """Put an adapter that was read on a model, in place; `undo()` of the result takes it off.
 
-    Raises ValueError when the model lacks a layer, has one of another shape, or has a layer that the config
-    targets and the file does not hold, and when the name is taken; TypeError for a layer that cannot be adapted.
+    A vocabulary that has to grow for rows of single tokens stays grown, by rows of zeros. Raises ValueError when
+    the model lacks a layer, has one of another shape, or has a layer that the config targets and the file does not
+    hold, and when the name is taken; TypeError for a layer that cannot be adapted.
     """
     check_fits(model, saved)
-    make = saved.make(name)
-    whole = _by_module(saved.whole)
+    make, whole = saved.make(name), _by_module(saved.whole)
 
     def put(site: str, module: nn.Module) -> nn.Module:
         return make(site, module) if site in saved.parts else _replaced(module, whole[site])
 
-    return edit(model, [*saved.parts, *whole], put)
+    done = edit(model, [*saved.parts, *whole], put)
+    try:
+        rows = saved.tokens.makers(model, name)
+        done.swaps |= edit(model, list(rows), lambda site, module: rows[site](site, module)).swaps
+    except BaseException:
+        done.undo()
+        raise
+    return done
 
 
 def check_fits(model: nn.Module, saved: PeftFolder) -> None:
@@ -196,6 +209,8 @@ def check_fits(model: nn.Module, saved: PeftFolder) -> None:
         if not (own := shards.whole(_weight(modules[site]).detach())).is_meta:
             check_base(saved.path, site, base, own.cpu())
     _check_whole(model, saved, modules)
+    if twice := saved.tokens.fits(model).keys() & {*saved.parts, *_by_module(saved.whole)}:
+        raise ValueError(f"{saved.path}: {some(twice)} has rows of tokens and more; only one of the two is read")
 
 
 def _misfit(saved: PeftFolder, module: nn.Module, site: str, have: tuple[int, ...]) -> str:
@@ -299,7 +314,8 @@ def save_peft(
     no config, and for a DoRA or a rotation on top of another adapter; see `io.staged`.
     """
     together, layers = resharded(model), layers_of(model)
-    found = {site: m for site, m in layers.items() if isinstance(m, Adapted) and name in m.adapters}
+    every = {site: m for site, m in layers.items() if isinstance(m, Adapted) and name in m.adapters}
+    found = {site: m for site, m in every.items() if not carries_rows(m, name)}
     if not found:
         raise ValueError(f"{type(model).__name__} carries no adapter {name!r}; adapt it first")
     kind, model_class = type_of(found, name, layers="all"), class_of(unwrapped(model)[""])
@@ -312,36 +328,19 @@ def save_peft(
     else:
         written = written_as(kind, found, name)
     forms = {site: form_of(_use(module)) for site, module in found.items()}
+    tokens = written_tokens(model, {site: m for site, m in every.items() if site not in found}, kind, name)
 
     def write() -> None:
         with io.staged(out, force=force) as folder:
             if kind == "LORA":
                 write_peft(folder, factors, names=names, whole=whole, base=base, rslora=rslora, dtype=dtype,
-                           kind=model_class, forms=forms)  # fmt: skip
+                           kind=model_class, forms=forms, tokens=tokens)  # fmt: skip
             else:
                 write_parts(folder, TYPES[kind], kind, written, names=names, whole=whole, base=base, dtype=dtype,
-                            model=model_class)  # fmt: skip
+                            model=model_class, tokens=tokens)  # fmt: skip
 
     write_once(write, together=together)
     return Path(out)
-
-
-def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules by name, without the insides of adapted layers; tied ones under each of their names."""
-    found = unwrapped(model)
-    inside = tuple(f"{name}." for name, m in found.items() if isinstance(m, Adapted | OpLinear))
-    return {name: m for name, m in found.items() if name and not name.startswith(inside)}
-
-
-def check_modules(have: Mapping[str, nn.Module], modules: Sequence[str]) -> None:
-    """Raise ValueError for modules to save that are not there, and where PEFT would take others for them too."""
-    if lost := [name for name in modules if name not in have]:
-        raise ValueError(f"the model has no module {some(lost)} to save whole; give full names, such as 'lm_head'")
-    for other, name in ((other, name) for name in modules for other in have if other.endswith(name)):
-        if other not in modules:
-            raise ValueError(
-                f"PEFT finds {name} by the end of its name, and would save {other} whole too; name both or none"
-            )
 
 
 def _whole(model: nn.Module, modules: Sequence[str]) -> dict[str, Tensor]:

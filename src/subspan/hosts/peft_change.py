@@ -11,9 +11,10 @@ from torch import Tensor
 
 from subspan import io
 from subspan.hosts.peft_read import AdapterFolder, change
+from subspan.hosts.peft_tokens import TokenRows
 from subspan.hosts.peft_write import Factor, write_peft
 from subspan.linalg import SVD, check_rank, svd, wide
-from subspan.ops import LinOp, LowRank
+from subspan.ops import Dense, LinOp, LowRank
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,9 @@ def as_lora(saved: AdapterFolder, weight: Callable[[str], Tensor], rank: int | N
             f"{saved.path} adapts {len(experts)} experts of 3-D parameters ({experts[0]}), for which PEFT has no "
             "LoRA; merge it instead"
         )
-    if saved.whole:
-        raise ValueError(
-            f"{saved.path} saves {len(saved.whole)} tensors whole, which no LoRA holds; merge it instead"
-        )
+    if saved.whole or saved.tokens.values:
+        what = f"saves {len(saved.whole)} tensors whole" if saved.whole else "has rows of single tokens"
+        raise ValueError(f"{saved.path} {what}, which no LoRA holds; merge it instead")
     factors: dict[str, Factor] = {}
     errors: dict[str, float] = {}
     lost = total = 0.0
@@ -80,7 +80,10 @@ def write_lora(
 
 @torch.no_grad()
 def compare(one: AdapterFolder, two: AdapterFolder, weight: Callable[[str], Tensor]) -> dict[str, Difference]:
-    """Site -> how two adapters differ there; sites of either."""
+    """Site -> how two adapters differ there; sites of either.
+
+    Rows of single tokens are compared as what they are, without the base, under a name that says so.
+    """
     found: dict[str, Difference] = {}
     for site in dict.fromkeys((*one.sites, *two.sites)):
         ops = [
@@ -88,7 +91,18 @@ def compare(one: AdapterFolder, two: AdapterFolder, weight: Callable[[str], Tens
             for saved in (one, two)
         ]
         found[site] = _difference(ops[0], ops[1])
+    for site in dict.fromkeys((*one.tokens.values, *two.tokens.values)):
+        ids = sorted({i for saved in (one, two) if site in saved.tokens.values for i in saved.tokens.ids(site)})
+        rows = [_rows(saved.tokens, site, ids) if site in saved.tokens.values else None for saved in (one, two)]
+        found[f"{site} (rows of tokens)"] = _difference(rows[0], rows[1])
     return found
+
+
+def _rows(tokens: TokenRows, site: str, ids: list[int]) -> LinOp:
+    """The rows of these tokens, zero where an adapter has none."""
+    values = wide(tokens.values[site])
+    index = torch.tensor([ids.index(i) for i in tokens.ids(site)])
+    return Dense(values.new_zeros(len(ids), values.shape[1]).index_copy(0, index, values))
 
 
 def triples(op: LinOp) -> SVD:

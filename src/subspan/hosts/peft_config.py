@@ -12,6 +12,8 @@ from typing import Any
 from subspan.hosts.peft_types import TYPES, Layout
 
 CONFIG = "adapter_config.json"
+# Rows of single tokens that train too.
+FIELD = "trainable_token_indices"
 
 # Fields that every type may have; the first that only say where an adapter comes from.
 HARMLESS = frozenset({"auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out"})
@@ -49,6 +51,7 @@ class PeftConfig:
     task: str | None = None
     kind: str = "LORA"
     options: Mapping[str, Any] = field(default_factory=dict)
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
@@ -158,6 +161,7 @@ def parse_config(found: Mapping[str, Any]) -> PeftConfig:
         task=found.get("task_type"),
         kind=kind,
         options=layout.options(found),
+        tokens=parse_tokens(found.get(FIELD)) if FIELD in layout.fields else {},
     )
 
 
@@ -165,6 +169,8 @@ def _refuse(found: Mapping[str, Any], layout: Layout) -> None:
     known = HARMLESS | READ | layout.harmless | layout.fields | {layout.rank, layout.alpha}
     if layout.patterns:
         known |= {"rank_pattern", "alpha_pattern"}
+    if FIELD in layout.fields and found.get(FIELD) and not found.get("modules_to_save"):
+        known |= {"ensure_weight_tying"}  # rows of tokens are tied in any case
     for key, value in found.items():
         if key not in known and value not in (None, False, {}, [], ()):
             kind = found["peft_type"]
@@ -235,3 +241,19 @@ def _ends(name: str, wanted: Iterable[str]) -> bool:
 def _first(patterns: Mapping[str, Any], site: str, default: float) -> Any:
     found = (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", site))
     return next(found, default)
+
+
+def parse_tokens(value: Any) -> dict[str, tuple[int, ...]]:
+    """The ids by the end of a module's name, "" standing for the embeddings; raises ValueError for what are none.
+
+    >>> parse_tokens([3, 5]), parse_tokens({"lm_head": [3]}), parse_tokens(None)
+    ({'': (3, 5)}, {'lm_head': (3,)}, {})
+    """
+    if not value:
+        return {}
+    named = value if isinstance(value, Mapping) else {"": value}
+    for ids in named.values():
+        whole = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+        if not whole or not ids or len(set(ids)) < len(ids):
+            raise ValueError(f"{FIELD} is {value!r}; it must list ids of tokens, each once, or name such lists")
+    return {str(name): tuple(ids) for name, ids in named.items()}

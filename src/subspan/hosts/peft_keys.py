@@ -23,7 +23,6 @@ REFUSED = {
     ".hada_t1": "a convolution's LoHa",
     ".lokr_t2": "a convolution's LoKr",
     ".oft_embedding_R": "an adapter on an embedding",
-    ".trainable_tokens_delta": "trained token rows",
 }
 
 GROUPED = (

@@ -18,17 +18,23 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from subspan import io
+from subspan import site as kinds
+from subspan.adapt import Routed
 from subspan.edit import Edit
 from subspan.hosts import folders, jobs, quantizer, text
 from subspan.hosts import transformers as host
 from subspan.hosts.export import TOLERANCE
 from subspan.hosts.peft import check_base
+from subspan.hosts.peft_keys import some
 from subspan.hosts.peft_read import INDEX, AdapterFolder, is_adapter, joined, read_one, shards
+from subspan.hosts.peft_tokens import TokenRows
 from subspan.hosts.transformers import LoadedModel
+from subspan.hosts.vocabulary import ends, rows_in
+from subspan.methods import build
 
 _TOKENS = 64
 # What float32, in which logits are compared, may add up to in a deep model.
@@ -80,11 +86,21 @@ def refuse_adapter(model: str) -> None:
         )
 
 
+def refuse_gate(saved: AdapterFolder) -> None:
+    """Raise ValueError, naming its sites, for an adapter that weighs experts anew for each input."""
+    if saved.form == "subspan" and isinstance(build(saved.method, "adapter", **saved.args).join, Routed):
+        raise ValueError(
+            f"{saved.path} is {saved.method} on {some(saved.sites)}, which weighs its experts anew for each "
+            "input, so there is no one weight to merge, convert or compare; keep it as an adapter, or train one "
+            "with a weight, such as lora"
+        )
+
+
 @torch.no_grad()
 def effect(model: str, saved: AdapterFolder) -> Effect:
     """Run a model on text without and with an adapter; raises ValueError when no logit changes."""
     loaded, done = opened_with(model, saved)
-    ids = some_ids(loaded)
+    ids = some_ids(loaded, saved)
     after = logits(loaded.model, ids)
     done.undo()
     before = logits(loaded.model, ids)
@@ -109,10 +125,11 @@ def merge_folder(
     """Write the model with the adapter in its weights, in the precision that it has on disk.
 
     Raises ValueError for a model that is an adapter itself or is quantized by others, for `out` over model or
-    adapter, for an adapter of another model, and when the logits read back are not those of model and adapter;
-    OUT is then not written. See `io.staged`.
+    adapter, for a gate, for an adapter of another model, and when the logits read back are not those of model
+    and adapter; OUT is then not written. See `io.staged`.
     """
     refuse_adapter(model)
+    refuse_gate(saved)
     apart(out, model, saved.path)
     stored = folders.stored_dtype(model)
     plan = _streamable(model, saved)
@@ -143,22 +160,35 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return found.float()
 
 
-def some_ids(loaded: LoadedModel) -> Tensor:
-    """The first tokens (1, count) of the built-in text, at most 64 and no more than the model takes."""
+def some_ids(loaded: LoadedModel, saved: AdapterFolder | None = None) -> Tensor:
+    """The first tokens (1, count) of the built-in text, at most 64 and no more than the model takes.
+
+    The last of them, at most half, give way to tokens whose rows the adapter trained.
+    """
     model: Any = loaded.model
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
-    return text.encode(loaded.tokenizer, text.prose()[: 8 * _TOKENS])[None, : min(limit, _TOKENS)]
+    ids = text.encode(loaded.tokenizer, text.prose()[: 8 * _TOKENS])[: min(limit, _TOKENS)]
+    also = TokenRows() if saved is None else saved.tokens
+    rows = sorted({i for site in also.values for i in also.ids(site)})[: len(ids) // 2]
+    return torch.cat([ids[: len(ids) - len(rows)], torch.tensor(rows, dtype=ids.dtype)])[None]
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """A merge file by file: old name -> file, what changes, and what is tied to what."""
+    """A merge file by file: old name -> file, what changes, and what is tied to what.
+
+    `tables` are the tensors that get rows of single tokens, each with the site of these, and `rows` is the size
+    that the vocabulary grows to, 0 if it does not.
+    """
 
     model: Path
+    blank: nn.Module
     saved: AdapterFolder
     files: Mapping[str, Path]
     extra: Mapping[str, str]
     untied: tuple[str, ...]
+    tables: Mapping[str, str | None]
+    rows: int
 
     def write(self, folder: Path, track: Track) -> tuple[str, ...]:
         """Write all files of the merged model; returns what was untied."""
@@ -173,7 +203,11 @@ class _Stream:
             index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(named.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if self.untied:
-            _say_untied(folder / "config.json")
+            _say(folder / "config.json", tie_word_embeddings=False)
+        if self.rows:
+            _say(folder / "config.json", vocab_size=self.rows)
+        if (words := jobs.tokenizer_of(self.saved)) is not None:
+            words.save_pretrained(folder)
         return self.untied
 
     def _write_shard(self, file: Path, folder: Path) -> int:
@@ -189,12 +223,18 @@ class _Stream:
     def _new(self, key: str, old: Tensor) -> Tensor:
         if key in self.saved.whole:
             return self.saved.whole[key].to(old.dtype).contiguous()
+        if key in self.tables:
+            return self.saved.tokens.merged(key.rpartition(".")[0], self.tables[key], old)
         site = key.removesuffix(".weight")
         if site not in self.saved.sites or site == key:
             return old.clone()
         if not old.is_floating_point() or old.element_size() < 2:
             raise ValueError(f"{self.model}: {key} is stored as {old.dtype}; merge into the unquantized model")
-        return joined(self.saved, site, old).to(old.dtype).contiguous()
+        # A Conv1D keeps its matrix transposed.
+        module = self.blank.get_submodule(site)
+        kind = kinds.of(module)
+        made = joined(self.saved, site, kind.view(module, old)).to(old.dtype)
+        return kind.kept(module, made).contiguous()
 
 
 def _streamable(model: str, saved: AdapterFolder) -> _Stream | None:
@@ -209,13 +249,32 @@ def _streamable(model: str, saved: AdapterFolder) -> _Stream | None:
     files = shards(folder)
     touched = {f"{site}.weight" for site in saved.sites} | set(saved.whole)
     ties = {str(a): str(b) for a, b in (blank.all_tied_weights_keys or {}).items()}
-    torn = {a: b for a, b in ties.items() if touched & {a, b}}
+    tables, rows = _tables(blank, saved)
+    torn = {a: b for a, b in ties.items() if touched & {a, b} or tables.get(a) != tables.get(b)}
+    touched |= tables.keys() - ties.keys()
     if any(b not in files for b in torn.values()) or not touched <= files.keys() | torn.keys():
         return None
     for site, base in saved.bases.items():
         key = torn.get(f"{site}.weight", f"{site}.weight")
         check_base(saved.path, site, base, read_one(files[key], key))
-    return _Stream(folder, saved, files, {a: b for a, b in torn.items() if a not in files}, tuple(torn))
+    extra = {a: b for a, b in torn.items() if a not in files}
+    return _Stream(folder, blank, saved, files, extra, tuple(torn), tables, rows)
+
+
+def _tables(blank: Any, saved: AdapterFolder) -> tuple[dict[str, str | None], int]:
+    """The tensors that rows of single tokens change, each with the site whose rows it gets, and the new size.
+
+    Where the vocabulary grows these are all tables and the head's bias, else the size is 0.
+    """
+    if not saved.tokens.values:
+        return {}, 0
+    placed, there = saved.tokens.fits(blank), ends(blank)
+    grows = saved.tokens.size if saved.tokens.size > rows_in(blank) else 0
+    wanted = {name: placed.get(name) for name in there.sources if grows or name in placed}
+    tables = {f"{name}.weight": source for name, source in wanted.items()}
+    if grows and there.head is not None and kinds.bias(blank.get_submodule(there.head)) is not None:
+        tables[f"{there.head}.bias"] = None
+    return tables, grows
 
 
 def _blank(folder: Path) -> Any:
@@ -244,7 +303,7 @@ def _merge_whole(model: str, saved: AdapterFolder, folder: Path, stored: torch.d
     host.save_folder_extras(merged, loaded.tokenizer, folder)
     io.write_tensors(folder / io.WEIGHTS, folders.untied(merged))
     if untied:
-        _say_untied(folder / "config.json")
+        _say(folder / "config.json", tie_word_embeddings=False)
     return untied
 
 
@@ -258,11 +317,11 @@ def _untie(model: Any) -> tuple[str, ...]:
     return torn
 
 
-def _say_untied(file: Path) -> None:
+def _say(file: Path, **facts: Any) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["tie_word_embeddings"] = False
+    config |= facts
     if isinstance(config.get("text_config"), dict):
-        config["text_config"]["tie_word_embeddings"] = False
+        config["text_config"] |= facts
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -271,7 +330,7 @@ def _verified(
 ) -> tuple[float, float]:
     """The difference of the logits read back, and what is allowed; raises ValueError beyond it."""
     loaded, _ = opened_with(model, saved)
-    ids = some_ids(loaded)
+    ids = some_ids(loaded, saved)
     folders.cast(loaded.model, torch.float32)
     wanted = logits(loaded.model, ids)
     tolerance = max(TOLERANCE[stored], _ROUNDING)

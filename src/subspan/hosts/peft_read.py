@@ -24,6 +24,7 @@ from subspan.hosts.peft import PeftFolder, check_fits, layers_of, low_rank, put_
 from subspan.hosts.peft_config import CONFIG
 from subspan.hosts.peft_given import Given
 from subspan.hosts.peft_keys import PICKLE, PREFIX, formed, peft_tensors, some
+from subspan.hosts.peft_tokens import TokenRows
 from subspan.hosts.peft_types import TYPES
 from subspan.hosts.peft_write import resharded, tidy
 from subspan.linalg import wide
@@ -58,6 +59,7 @@ class AdapterFolder:
     make: Callable[[str], Make] = field(repr=False)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
     forms: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    tokens: TokenRows = field(default=TokenRows(), repr=False)
 
     def kinds(self) -> dict[str, tuple[int, int]]:
         """Kind of tensor -> how many there are, and how many numbers they hold."""
@@ -75,7 +77,7 @@ class AdapterFolder:
         if self.form == "subspan":
             return key.partition(".adapters.default.")[2]
         last = key.removesuffix(".weight").rpartition(".")[2]
-        return last if last.startswith(MARKS) else "modules_to_save"
+        return last if last.startswith((*MARKS, "trainable_tokens_")) else "modules_to_save"
 
 
 @torch.no_grad()
@@ -90,6 +92,8 @@ def fill_peft(
     changed the base when it started (PiSSA), and as `read_peft` and `check_fits` do.
     """
     saved = read_peft(folder, prefix=prefix, root=root)
+    if saved.tokens.values:
+        raise ValueError(f"{folder} has rows of single tokens, which are not filled in; put it on with load_peft")
     resharded(model)
     check_fits(model, saved)
     modules = layers_of(model)
@@ -166,11 +170,11 @@ def _of_peft(saved: PeftFolder) -> AdapterFolder:
     rank, alpha = told.pop()
     kept = {site: formed(own, saved.forms.get(site)) for site, own in saved.parts.items()}
     one = replace(config, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
-    args = {} if told else layout.args(one, saved.shapes)
+    args = {} if told or saved.tokens.values else layout.args(one, saved.shapes)
     return AdapterFolder(
         path=saved.path, form="peft", method=config.method, args={key: tidy(value) for key, value in args.items()},
-        tensors=peft_tensors(kept, saved.whole, saved.shared), sites=tuple(saved.parts), whole=saved.whole,
-        bases=saved.bases,
+        tensors=peft_tensors(kept, {**saved.whole, **saved.tokens.tensors}, saved.shared),
+        sites=tuple(saved.parts), whole=saved.whole, bases=saved.bases, tokens=saved.tokens,
         base=config.base, dtype=None, reads_base=config.dora or config.pissa or blind,
         fits=lambda model: check_fits(model, saved), put=lambda model, name: put_peft(model, saved, name),
         make=saved.make, shapes=known, forms=saved.forms,

@@ -325,7 +325,7 @@ TYPES: dict[str, Layout] = {
         wanted=lambda _, config: {"lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] * config.dora)},
         sizes=lambda parts: (parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[-1]),
         holds=lambda op, _: isinstance(op, LowRank), harmless=LORA_HARMLESS,
-        fields=frozenset({"use_rslora", "use_dora", "init_lora_weights"}), args=_plain,
+        fields=frozenset({"use_rslora", "use_dora", "init_lora_weights", "trainable_token_indices"}), args=_plain,
     ),
     "LOHA": Layout(
         label="LoHa", method="loha", alpha="alpha", patterns=True, write=write_loha, read=_loha, names=HADA,
@@ -371,6 +371,6 @@ TYPES: dict[str, Layout] = {
         read=_adalora, shapes=_adalora_shapes, names=("lora_A", "lora_B", "lora_E"), options=_adalora_options,
         sizes=lambda parts: (parts["lora_B"].shape[0], parts["lora_A"].shape[-1]),
         holds=lambda op, join: _classes(op, Dense, Diag, Dense) and _sum(join),
-        fields=frozenset({"rank_pattern"}), harmless=LORA_HARMLESS | _BUDGET,
+        fields=frozenset({"rank_pattern", "trainable_token_indices"}), harmless=LORA_HARMLESS | _BUDGET,
     ),
 }  # fmt: skip

@@ -7,8 +7,8 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +20,12 @@ from subspan import io, shards
 from subspan.adapt import Adapted, Add, Rescale, Routed, Slot
 from subspan.adapt.layers import Patches, Table, Use, use_of
 from subspan.adapt.layers import matrix as matrix_of
-from subspan.hosts.peft_config import CONFIG, PeftConfig
-from subspan.hosts.peft_keys import GROUPED, TABLE_DORA, TENSORS, Form, Triple, formed, peft_tensors
+from subspan.hosts.peft_config import CONFIG, FIELD, PeftConfig
+from subspan.hosts.peft_keys import GROUPED, TABLE_DORA, TENSORS, Form, Triple, formed, peft_tensors, some
 from subspan.hosts.peft_parts import Written
 from subspan.hosts.peft_types import TYPES, Layout, layout_of
 from subspan.linalg import svd, wide
-from subspan.ops import LinOp, LowRank, Scaled, Sum
+from subspan.ops import LinOp, LowRank, OpLinear, Scaled, Sum
 from subspan.ops.experts import Slice
 
 # What stands between a module and the name of the one that it wraps.
@@ -42,6 +42,23 @@ class Factor:
     mu: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of single tokens that trained too: what the config says of them, and the tensors without the prefix."""
+
+    indices: list[int] | dict[str, list[int]] | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The config's field, none where no rows train."""
+        return {} if self.indices is None else {FIELD: self.indices}
+
+    def cast(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """The tensors, in that precision if any."""
+        return {key: _to(t, dtype) for key, t in self.tensors.items()}
+
+
 def write_peft(
     folder: Path,
     factors: Mapping[str, Factor],
@@ -54,12 +71,14 @@ def write_peft(
     kind: type | None = None,
     turned: bool = False,
     forms: Mapping[str, Form] = {},
+    tokens: Tokens | None = None,
 ) -> None:
     """Write the two files of a PEFT adapter; `names` are all modules of the model it is for, if known.
 
     Ranks and alphas other than the commonest go into the patterns. `kind` is the model's class, and `turned` says
     that its weights are (in, out), as `Conv1D` has them; `forms` are those of sites that are no linear layers.
-    Raises ValueError when some sites have a magnitude and others have none.
+    `tokens` are rows of single tokens that trained too. Raises ValueError when some sites have a magnitude and
+    others have none.
     """
     if len({factor.mu is None for factor in factors.values()}) > 1:
         raise ValueError("some sites are DoRA and some are LoRA; one PEFT adapter is all the one or all the other")
@@ -76,11 +95,11 @@ def write_peft(
         "target_modules": list(factors) if names is None else targets(factors, names),
         "modules_to_save": modules or None, "lora_dropout": 0.0,
         "bias": "none", "fan_in_fan_out": turned, "use_rslora": rslora, "init_lora_weights": True,
-        "use_dora": any(f.mu is not None for f in factors.values()),
+        "use_dora": any(f.mu is not None for f in factors.values()), **({} if tokens is None else tokens.fields),
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     sites = {s: formed(_triple(factor, dtype).parts(), forms.get(s)) for s, factor in factors.items()}
-    io.write_tensors(folder / TENSORS, peft_tensors(sites, kept))
+    io.write_tensors(folder / TENSORS, peft_tensors(sites, kept | ({} if tokens is None else tokens.cast(dtype))))
 
 
 def write_parts(
@@ -94,6 +113,7 @@ def write_parts(
     base: str | None,
     dtype: torch.dtype | None,
     model: type | None,
+    tokens: Tokens,
 ) -> None:
     """Write the two files of an adapter of a type other than LORA; arguments as of `write_peft`."""
     folder.mkdir(exist_ok=True)
@@ -105,7 +125,7 @@ def write_parts(
         "peft_type": kind, "task_type": _task(model), "auto_mapping": _auto(model),
         "base_model_name_or_path": base, "revision": None, "inference_mode": True,
         "target_modules": list(ranks) if names is None else targets(ranks, names),
-        "modules_to_save": modules or None,
+        "modules_to_save": modules or None, **tokens.fields,
     }  # fmt: skip
     for key, pattern, values in ((layout.rank, "rank_pattern", ranks), (layout.alpha, "alpha_pattern", alphas)):
         if key:
@@ -113,7 +133,7 @@ def write_parts(
             config |= {key: usual} | ({pattern: _named(values, usual, ranks)} if layout.patterns else {})
     (folder / CONFIG).write_text(json.dumps(config | dict(written.fields), indent=1) + "\n", encoding="utf-8")
     parts = {site: {k: _to(t, dtype) for k, t in own.items()} for site, own in written.parts.items()}
-    io.write_tensors(folder / TENSORS, peft_tensors(parts, kept, shared))
+    io.write_tensors(folder / TENSORS, peft_tensors(parts, kept | tokens.cast(dtype), shared))
 
 
 def _to(t: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -304,6 +324,24 @@ def unwrapped(model: nn.Module) -> dict[str, nn.Module]:
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     named = inner.named_modules(remove_duplicate=False)
     return {".".join(part for part in name.split(".") if part not in WRAPPERS): module for name, module in named}
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by name, without the insides of adapted layers; tied ones under each of their names."""
+    found = unwrapped(model)
+    inside = tuple(f"{name}." for name, m in found.items() if isinstance(m, Adapted | OpLinear))
+    return {name: m for name, m in found.items() if name and not name.startswith(inside)}
+
+
+def check_modules(have: Mapping[str, nn.Module], modules: Sequence[str]) -> None:
+    """Raise ValueError for modules to save that are not there, and where PEFT would take others for them too."""
+    if lost := [name for name in modules if name not in have]:
+        raise ValueError(f"the model has no module {some(lost)} to save whole; give full names, such as 'lm_head'")
+    for other, name in ((other, name) for name in modules for other in have if other.endswith(name)):
+        if other not in modules:
+            raise ValueError(
+                f"PEFT finds {name} by the end of its name, and would save {other} whole too; name both or none"
+            )
 
 
 def class_of(model: nn.Module) -> type[nn.Module]:

@@ -127,13 +127,18 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
 def tokenizer(folder: str | Path) -> Any:
     """Load the tokenizer of a folder; raises FileNotFoundError if it holds none."""
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise FileNotFoundError(
             f"{folder} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
             "save one there with tokenizer.save_pretrained"
         )
     with _quiet():
         return AutoTokenizer.from_pretrained(folder, **_LOCAL)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer lies in a folder."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def save_folder_extras(model: Any, tokenizer: Any, folder: str | Path) -> None:

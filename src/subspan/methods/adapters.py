@@ -126,7 +126,8 @@ def milora(*, rank: int = 16, alpha: float = 16.0) -> Adapter:
     paper="arXiv:2405.17604",
     reference="MohammadrezaBanaei/LoRA-XS",
     status="limits",
-    deviates="the core starts at zero, where the paper draws it with deviation 1e-5; exact decomposition",
+    deviates="the core starts at zero, where the paper draws it with deviation 1e-5; exact decomposition; the "
+    "singular values stand with the outputs, as in the paper's formula, where the program has them with the inputs",
 )
 def lora_xs(*, rank: int = 64, alpha: float = 64.0) -> Adapter:
     """Train only a small core between the weight's frozen top singular vectors."""
@@ -205,7 +206,7 @@ def shira(*, rank: int = 32, pick: Pick = "random", seed: int = 0) -> Adapter:
     kind="adapter",
     paper="arXiv:2503.01905",
     reference="WooSunghyeon/paca",
-    status="limits",
+    status="transcript",
     deviates="trains the change of the columns, from zero, not their values: the same function and steps, except "
     "under weight decay",
 )
@@ -231,7 +232,7 @@ def eva(*, rank: int = 8, alpha: float = 8.0, rho: float = 2.0) -> Adapter:
     kind="adapter",
     paper="arXiv:2407.05000",
     reference="Outsider565/LoRA-GA",
-    status="limits",
+    status="transcript",
     deviates="a frozen double of the start is taken out of the change, not out of the base weight: the same "
     "function; no clipping of the start",
 )
@@ -244,7 +245,7 @@ def lora_ga(*, rank: int = 8, alpha: float = 16.0, gamma: float = 16.0) -> Adapt
     kind="adapter",
     paper="arXiv:2502.01235",
     reference="YuanheZ/LoRA-One",
-    status="limits",
+    status="transcript",
     deviates="trained by plain Adam, without the preconditioner of the paper's theory; as in the authors' code "
     "the factors share the square root of singular values divided by the largest",
 )
@@ -257,7 +258,7 @@ def lora_one(*, rank: int = 8, alpha: float = 16.0, gamma: float = 128.0) -> Ada
     kind="adapter",
     paper="arXiv:2411.19557",
     reference="RaghavSinghal10/lora-sb",
-    status="limits",
+    status="transcript",
     deviates="the first step's size is an argument, where the authors take the first learning rate of the warm-up",
 )
 def lora_sb(*, rank: int = 96, rate: float = 1e-5, keep_output: bool = False) -> Adapter:
@@ -285,10 +286,10 @@ def adalora(*, rank: int = 8, start: float = 1.5, alpha: float = 16.0) -> Adapte
     kind="adapter",
     paper="arXiv:2502.15828",
     reference="THUDM/MoELoRA_Riemannian",
-    status="limits",
+    status="transcript",
     deviates="inputs get the gradient of the mixture itself, where the program's carries 1/sqrt(gate) on to the "
     "layers below; one learning rate, where the program's gates have a far lower one; bias and Gram matrices as "
-    "in riemannian_lora; no dropout",
+    "in riemannian_lora; no dropout; the transcript is of the program's scaled descent, not of its AdamW",
 )
 def moe_lora(
     *, rank: int = 4, alpha: float = 16.0, experts: int = 20, top: int = 10, damping: float = 1e-6

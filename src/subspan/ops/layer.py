@@ -49,7 +49,8 @@ class OpLinear(OpLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.op(x)
-        return y if self.bias is None else y + self.bias
+        # Under autocast y is narrower than the bias, and would be widened by it.
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
     def weight(self) -> Tensor:

@@ -137,6 +137,7 @@ class _Entrywise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
         x, u1, v1, u2, v2 = ctx.saved_tensors
+        x, g = x.to(u1.dtype), g.to(u1.dtype)  # under autocast they are narrower
         one, two = u1 @ v1, u2 @ v2
         full = g.flatten(0, -2).mT @ x.flatten(0, -2) if g.dim() > 1 else torch.outer(g, x)
         d1, d2 = full * two, full * one
