@@ -48,7 +48,7 @@ from subspan.optim import Adam, Optim, hasten
 from subspan.optim.pairs import usual
 
 RANKS = {"classes": (8, 2), "prose": (8,)}
-STEPS = {"classes": 50, "prose": 16}
+STEPS = {"classes": 50, "prose": 12}
 SEEDS, FACTOR, MOST, LOOKS = (0, 1), 3.0, 5, 8
 
 

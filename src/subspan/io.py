@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from subspan import site
 from subspan.edit import Edit, edit
 from subspan.ops import LinOp, OpLayer
+from subspan.packed import Packed, pack, unpack
 
 FORMAT = 1
 WEIGHTS, ABOUT = "model.safetensors", "subspan.json"
@@ -193,11 +194,32 @@ def unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, tied: bool = False) -> None:
     """One safetensors file, every tensor contiguous; if `tied`, one of several names is stored under the first."""
+    aliases = _aliases(tensors) if tied else {}
+    kept = {name: t for name, t in tensors.items() if name not in aliases}
+    _write(path, kept, tied=json.dumps(aliases) if aliases else "")
+
+
+def write_packed(path: Path, tensors: Mapping[str, Tensor], kind: str) -> Packed:
+    """One safetensors file as `write_tensors` with `tied` writes it, its tensors held narrower.
+
+    `read_tensors` widens them again. Raises what `packed.pack` raises.
+    """
+    aliases = _aliases(tensors)
+    packed = pack({name: t for name, t in tensors.items() if name not in aliases}, kind)
+    _write(path, packed.tensors, tied=json.dumps(aliases) if aliases else "", narrow=kind)
+    return packed
+
+
+def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The further names of a tensor, each with its first one."""
     first: dict[int, str] = {}
-    holders = {name: first.setdefault(id(t), name) for name, t in tensors.items()} if tied else {}
-    aliases = {name: holder for name, holder in holders.items() if name != holder}
-    kept = {name: t.detach().contiguous() for name, t in tensors.items() if name not in aliases}
-    save_file(kept, path, metadata={"format": "pt"} | ({"tied": json.dumps(aliases)} if aliases else {}))
+    holders = {name: first.setdefault(id(t), name) for name, t in tensors.items()}
+    return {name: holder for name, holder in holders.items() if name != holder}
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], **said: str) -> None:
+    kept = {name: t.detach().contiguous() for name, t in tensors.items()}
+    save_file(kept, path, metadata={"format": "pt"} | {key: text for key, text in said.items() if text})
 
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:
@@ -226,7 +248,7 @@ def read_about(folder: str | Path) -> Json:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, those of several names under each.
+    """All tensors of a safetensors file, those of several names under each, and those held narrower in float32.
 
     Raises ValueError naming the file when it is damaged or cut short.
     """
@@ -235,7 +257,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            tied = json.loads((file.metadata() or {}).get("tied", "{}"))
+            said = file.metadata() or {}
+            tied = json.loads(said.get("tied", "{}"))
+            found = unpack(found, said["narrow"]) if "narrow" in said else found
             return found | {name: found[holder] for name, holder in tied.items() if holder in found}
     except SafetensorError as problem:
         raise ValueError(f"{path} is damaged or cut short ({problem}); copy or save it again") from None

@@ -11,6 +11,8 @@ from subspan.adapt import adapt, trainable
 from subspan.edit import edit
 from subspan.hosts import folders
 from subspan.hosts.peft import load_peft, read_peft, save_peft
+from subspan.hosts.peft_merge import refuse_gate
+from subspan.hosts.peft_read import read_adapter
 from subspan.methods import build
 
 PARTS = import_module("subspan.cli.adapter").PARTS
@@ -156,6 +158,45 @@ def test_errors_say_what_to_do(check_refused, cli, tiny, made, tmp_path):
     check_refused(["'org/model'", "--base"], "adapter", "convert", folder, "--to", "subspan", "-o", out)
     assert cli("adapter", "convert", made / "lora", "--to", "peft", "--rank", 2, "-o", out).code == 2
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["merge", "TINY", "GATE"],
+        ["convert", "GATE", "--to", "lora", "--rank", 2],
+        ["convert", "GATE", "--to", "peft"],
+    ],
+    ids=lambda args: " ".join(map(str, args[:3])),
+)
+def test_a_gate_is_refused_with_its_layers(args, check_refused, tiny, gate, tmp_path):
+    given = [{"TINY": tiny, "GATE": gate}.get(arg, arg) for arg in args]
+    words = [
+        "moe_lora on model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj",
+        "keep it as an adapter",
+    ]
+    check_refused(words, "adapter", *given, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gate_is_not_compared_and_names_its_layer_where_it_would_be_merged(check_refused, gate, made, tmp_path):
+    check_refused(
+        ["moe_lora on model.layers.0.self_attn.q_proj", "compare"], "adapter", "diff", made / "lora", gate
+    )
+    with pytest.raises(ValueError, match="gate is moe_lora on"):
+        refuse_gate(read_adapter(gate))
+    assert refuse_gate(read_adapter(made / "lora")) is None
+    words = ["error: model.layers.0.self_attn.q_proj: Routed(", "such as lora"]
+    check_refused(words, "export", gate, "--to", "dense", "-o", tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def gate(tiny, tmp_path_factory):
+    """A mixture of experts on the queries."""
+    loaded, args = folders.open_model(tiny), {"rank": 1, "experts": 3, "top": 2}
+    edit(loaded.model, "*.q_proj", adapt(build("moe_lora", "adapter", **args)))
+    place = tmp_path_factory.mktemp("gates") / "gate"
+    return folders.save_adapter(place, loaded.model, method="moe_lora", args=args, source=str(tiny))
 
 
 def saved_whole(tiny, tmp_path):

@@ -311,6 +311,9 @@ def test_there_is_no_weight_to_merge_or_to_export(tmp_path):
     for ask in (merge, lambda a: a.weight, lambda a: a.slot("default").join.remainder(a.base.weight, None)):
         with pytest.raises(ValueError, match=reason):
             ask(adapted)
+    for ask in (merge, lambda a: a.weight):
+        with pytest.raises(ValueError, match=f"^site: {reason}"):
+            ask(adapted)
     with pytest.raises(ValueError, match="LowRank joined by Routed is no LoRA"):
         save_peft(nn.Sequential(adapted), tmp_path / "peft")
     about = {"kind": "adapter", "method": "moe_lora", "args": {"rank": RANK, "experts": EXPERTS, "top": 2}}

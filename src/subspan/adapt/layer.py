@@ -11,6 +11,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from subspan import shards
 from subspan import site as sites
 from subspan.adapt.fast import uncast
 from subspan.adapt.join import Join, Layer
@@ -254,9 +255,17 @@ class Adapted(nn.Module):
         w = matrix(self.base)
         try:
             with uncast(w.device.type):
-                return self.folded(self._active).weight.to(w.dtype)
+                return shards.laid(self._whole().folded(self._active).weight.to(w.dtype), w)
         except ValueError as error:
             raise ValueError(f"{self.site}: {error}" if self.site else str(error)) from error
+
+    def _whole(self) -> Adapted:
+        """Itself; where parameters are cut over processes and other tensors are not, a double with all in one."""
+        cut = [p for p in self.parameters() if shards.is_cut(p)]
+        if not cut or next(self.buffers(), None) is None:
+            return self
+        parts = {id(p): nn.Parameter(shards.whole(p.detach()), requires_grad=False) for p in cut}
+        return copy.deepcopy(self, memo=dict(parts))
 
     @property
     def weight(self) -> Tensor:

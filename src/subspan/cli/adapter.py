@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -11,13 +12,16 @@ import torch
 import typer
 from rich.table import Table
 
-from subspan.cli.common import LIMIT, Debug, DType, Force, Json, Model, Out, Result, bar, facts, note
+from subspan.adapt import trainable
+from subspan.cli.common import LIMIT, Debug, Force, Json, Model, Out, Result, bar, facts, note
 from subspan.hosts import folders, jobs
 from subspan.hosts.peft import save_peft
-from subspan.hosts.peft_change import Cut, Difference, as_lora, compare, write_lora
+from subspan.hosts.peft_change import Difference, as_lora, compare, write_lora
 from subspan.hosts.peft_keys import PREFIX
 from subspan.hosts.peft_merge import effect, merge_folder, opened_with, refuse_gate
 from subspan.hosts.peft_read import AdapterFolder, Weights, base_of, read_adapter
+from subspan.hosts.stored import store
+from subspan.packed import bound_of
 
 EXAMPLE = "subspan adapter merge smollm2 runs/lora -o merged"
 
@@ -28,6 +32,21 @@ class Form(StrEnum):
     lora = "lora"
     peft = "peft"
     subspan = "subspan"
+
+
+class Kept(StrEnum):
+    """How the numbers of an adapter can lie in its file."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+    float64 = "float64"
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it loses digits of float32."""
+        return self not in (Kept.float32, Kept.float64)
 
 
 HELP_ADAPTER = "An adapter's folder, as peft or subspan saved it."
@@ -80,7 +99,9 @@ def convert(
     out: Out,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="The rank of the plain LoRA.")] = None,
     base: Base = None,
-    dtype: Annotated[DType | None, typer.Option("--dtype", help="Store the LoRA's factors in this.")] = None,
+    dtype: Annotated[
+        Kept | None, typer.Option("--dtype", help="Store the factors in this; int8 is for --to subspan.")
+    ] = None,
     prefix: Prefix = PREFIX,
     root: Root = "",
     force: Force = False,
@@ -95,26 +116,27 @@ def convert(
     jobs.vacant(out, force=force, reads=[adapter])
     if rank is not None and to is not Form.lora:
         raise typer.BadParameter("--rank belongs to --to lora")
-    if dtype is not None and to is Form.subspan:
-        raise typer.BadParameter("--dtype belongs to --to lora and --to peft")
+    if dtype is Kept.int8 and to is not Form.subspan:
+        raise typer.BadParameter("--dtype int8 belongs to --to subspan; the files of PEFT hold no codes")
     saved = read_adapter(adapter, prefix=prefix, root=root)
+    if to is Form.subspan:
+        return _to_subspan(saved, out, dtype=dtype, base=base, force=force)
     refuse_gate(saved)
-    kept = None if dtype is None else getattr(torch, dtype)
     if to is Form.lora:
-        return _to_lora(saved, out, rank=rank, base=base, dtype=kept, force=force)
+        return _to_lora(saved, out, rank=rank, base=base, kept=dtype, force=force)
+    kept = None if dtype is None else getattr(torch, dtype)
     source = base_of(saved, base)
-    if to is Form.peft:
-        loaded, _ = opened_with(source, saved)
-        modules = sorted({key.rpartition(".")[0] for key in saved.whole})
-        save_peft(
-            loaded.model, out, modules_to_save=modules, base=source, rslora=saved.method == "rslora",
-            dtype=kept, force=force,
-        )  # fmt: skip
-        if (words := jobs.tokenizer_of(saved)) is not None:
-            words.save_pretrained(out)
-    else:
-        _to_subspan(saved, source, out, force=force)
-    return Result({"out": str(out), "to": str(to), "method": saved.method}, (f"wrote {out}",))
+    loaded, _ = opened_with(source, saved)
+    modules = sorted({key.rpartition(".")[0] for key in saved.whole})
+    save_peft(
+        loaded.model, out, modules_to_save=modules, base=source, rslora=saved.method == "rslora",
+        dtype=kept, force=force,
+    )  # fmt: skip
+    if (words := jobs.tokenizer_of(saved)) is not None:
+        words.save_pretrained(out)
+    rounding = _rounding([p.detach() for _, p in trainable(loaded.model)], kept)
+    data = {"out": str(out), "to": "peft", "method": saved.method, "rounding": rounding}
+    return Result(data, (f"wrote {out}{_rounded(rounding, dtype)}",))
 
 
 def merge(
@@ -187,31 +209,50 @@ PARTS: dict[str, tuple[Any, str]] = {
 
 
 def _to_lora(
-    saved: AdapterFolder, out: Path, *, rank: int | None, base: str | None, dtype: torch.dtype | None, force: bool
+    saved: AdapterFolder, out: Path, *, rank: int | None, base: str | None, kept: Kept | None, force: bool
 ) -> Result:
+    dtype = None if kept is None else getattr(torch, kept)
     weight = Weights(base_of(saved, base)) if saved.reads_base else _no_weight
     cut = as_lora(saved, weight, rank)
-    rounding = _rounding(cut, dtype)
+    rounding = _rounding([t for factor in cut.factors.values() for t in (factor.u, factor.v)], dtype)
     write_lora(cut, out, base=base or saved.base, dtype=dtype, force=force)
     worst = max(cut.errors, key=lambda site: cut.errors[site])
     data = {"out": str(out), "to": "lora", "method": saved.method, "error": cut.error, "errors": cut.errors,
             "rounding": rounding}  # fmt: skip
     said = f"wrote {out}: its change differs from {saved.path}'s by {cut.error:.2e} of its norm"
     at = f"; most at {worst} ({cut.errors[worst]:.2e})" if cut.errors[worst] else ""
-    stored = "" if rounding is None else f"; storing it as {dtype} by {rounding:.2e} more at most"
-    return Result(data, (said + at + stored,))
+    return Result(data, (said + at + _rounded(rounding, kept),))
 
 
-def _rounding(cut: Cut, dtype: torch.dtype | None) -> float | None:
+def _rounding(tensors: Iterable[torch.Tensor], dtype: torch.dtype | None) -> float | None:
     """The largest relative error of a factor that is stored in a narrower precision."""
     if dtype is None:
         return None
-    tensors = [t for factor in cut.factors.values() for t in (factor.u, factor.v)]
     norms = [(float((t - t.to(dtype).to(t)).norm()), float(t.norm())) for t in tensors]
     return max((lost / size for lost, size in norms if size), default=0.0)
 
 
-def _to_subspan(saved: AdapterFolder, source: str, out: Path, *, force: bool) -> None:
+def _rounded(rounding: float | None, kept: Kept | None) -> str:
+    """What storing in a narrower precision costs: what was measured, and what cannot be exceeded."""
+    if rounding is None or kept is None or not kept.narrow:
+        return ""
+    bound = bound_of(kept)
+    return f"; as {kept} a factor is off by {rounding:.2e} of its norm at most, an entry by no more than {bound}"
+
+
+def _to_subspan(saved: AdapterFolder, out: Path, *, dtype: Kept | None, base: str | None, force: bool) -> Result:
+    data: dict[str, Any] = {"out": str(out), "to": "subspan", "method": saved.method, "rounding": None}
+    if dtype is None or not dtype.narrow or saved.form == "peft":
+        _as_preset(saved, base_of(saved, base), out, force=force)
+    if dtype is None or not dtype.narrow:
+        return Result(data, (f"wrote {out}",))
+    plain = saved if saved.form == "subspan" else read_adapter(out)
+    packed = store(plain, out, dtype, force=force or plain is not saved)
+    data["rounding"] = packed.error
+    return Result(data, (f"wrote {out}{_rounded(packed.error, dtype)}",))
+
+
+def _as_preset(saved: AdapterFolder, source: str, out: Path, *, force: bool) -> None:
     if saved.whole or not saved.args or saved.form == "subspan":
         what = (
             "modules saved whole" if saved.whole

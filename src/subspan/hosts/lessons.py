@@ -269,7 +269,7 @@ def refuse_stack(model: nn.Module, method: str) -> None:
     if any(isinstance(module, Adapted) for module in model.modules()):
         raise ValueError(
             f"the model already carries an adapter, and {method} would be a second; fine-tune its base, or merge "
-            "it first with `subspan compress MODEL --method svd --err 0 -o MERGED`"
+            "it first with `subspan adapter merge BASE ADAPTER -o MERGED`"
         )
 
 

@@ -22,6 +22,7 @@ from subspan.adapt.layers import Use, use_of
 from subspan.adapt.layers import matrix as matrix_of
 from subspan.adapt.tokens import carries_rows
 from subspan.edit import Edit, Make, edit
+from subspan.hosts.peft_beyond import unlike_on
 from subspan.hosts.peft_config import AUTOMATIC, PeftConfig, read_config
 from subspan.hosts.peft_given import Given
 from subspan.hosts.peft_keys import (
@@ -107,7 +108,8 @@ class PeftFolder:
             weight = _weight(module)
             m, n = weight.shape if weight.dim() == 2 else (0, 0)
             op, join = self.config.layout.read(Given(site, own, shared, self.config, m, n))
-            if self.config.pissa and isinstance(op, LowRank):
+            # On an embedding PEFT starts an ordinary LoRA under this name.
+            if self.config.pissa and isinstance(op, LowRank) and self.forms.get(site) != ():
                 return _restart(site, module, name, op, self.config.scale_of(site))
             return adapt(Adapter(lambda *_: op, join), name)(site, module)
 
@@ -197,8 +199,10 @@ def check_fits(model: nn.Module, saved: PeftFolder) -> None:
             f"{hint(lost, modules) or '; it belongs to another model'}"
         )
     have = {site: tuple(_weight(modules[site]).shape) for site in saved.parts}
-    for site in saved.parts if saved.config.kind == "LORA" else ():
-        if why := unlike(_use(modules[site]), dora=saved.config.dora):
+    for site in saved.parts:
+        lora, below = saved.config.kind == "LORA", modules[site]
+        below = below.base if isinstance(below, Adapted) else below
+        if why := unlike(use_of(below), dora=saved.config.dora) if lora else unlike_on(saved.config.kind, below):
             raise ValueError(f"{saved.path}: {site} {why}; it is not read")
     if other := [f"{s} {wrong}" for s, size in have.items() if (wrong := _misfit(saved, modules[s], s, size))]:
         raise ValueError(

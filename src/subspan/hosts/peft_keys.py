@@ -22,7 +22,7 @@ REFUSED = {
     ".lora_E": "AdaLoRA's middle factor",
     ".hada_t1": "a convolution's LoHa",
     ".lokr_t2": "a convolution's LoKr",
-    ".oft_embedding_R": "an adapter on an embedding",
+    ".oft_embedding_R.weight": "an adapter on an embedding",
 }
 
 GROUPED = (
@@ -187,6 +187,11 @@ def _check_shapes(sites: Mapping[str, Parts], config: PeftConfig) -> None:
     for site, parts in sites.items():
         shapes = ", ".join(str(tuple(parts[name].shape)) for name in sorted(parts, key=_shown_first))
         names = ", ".join(name.removesuffix(".weight") for name in sorted(parts, key=_shown_first))
+        if kernels := [name for name, t in parts.items() if t.dim() > 2 and config.kind != "LORA"]:
+            raise ValueError(
+                f"{site}: {kernels[0]} is {tuple(parts[kernels[0]].shape)}, a convolution's {layout.label}, which "
+                "is not read; merge it with peft's merge_and_unload"
+            )
         facts = {"rank": config.rank_of(site)} | {k: v for k, v in config.options.items() if isinstance(v, int)}
         told = ", ".join(f"{key} {value}" for key, value in facts.items())
         wrong = (

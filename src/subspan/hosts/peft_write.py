@@ -20,6 +20,7 @@ from subspan import io, shards
 from subspan.adapt import Adapted, Add, Rescale, Routed, Slot
 from subspan.adapt.layers import Patches, Table, Use, use_of
 from subspan.adapt.layers import matrix as matrix_of
+from subspan.hosts.peft_beyond import unlike_on
 from subspan.hosts.peft_config import CONFIG, FIELD, PeftConfig
 from subspan.hosts.peft_keys import GROUPED, TABLE_DORA, TENSORS, Form, Triple, formed, peft_tensors, some
 from subspan.hosts.peft_parts import Written
@@ -211,10 +212,8 @@ def written_as(kind: str, found: Mapping[str, Adapted], name: str = "default") -
     """An adapter as the tensors and fields of one of PEFT's types; raises ValueError for what that cannot hold."""
     layout = TYPES[kind]
     for site, module in found.items():
-        if use_of(module.base) is not None:
-            raise ValueError(
-                f"{site} is no linear layer, and {layout.label} on others is not written for PEFT; merge it first"
-            )
+        if why := unlike_on(kind, module.base):
+            raise ValueError(f"{site} {why}; merge it first")
         if next(iter(module.adapters)) == name and module.origin is not module.base:
             raise ValueError(
                 f"{site}: adapter {name!r} changed the base when it started, "

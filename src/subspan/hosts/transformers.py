@@ -272,6 +272,8 @@ def _weight_files(folder: Path) -> list[Path]:
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{index} has no weight_map that names the shards; copy it again")
+    if outside := sorted({str(name) for name in shards.values() if Path(str(name)).name != name}):
+        raise ValueError(f"{index} names the shard {outside[0]!r}, which leaves the folder; shards lie beside it")
     files = [folder / name for name in sorted(set(shards.values()))]
     for file in files:
         if not file.is_file():

@@ -127,7 +127,7 @@ def milora(*, rank: int = 16, alpha: float = 16.0) -> Adapter:
     reference="MohammadrezaBanaei/LoRA-XS",
     status="limits",
     deviates="the core starts at zero, where the paper draws it with deviation 1e-5; exact decomposition; the "
-    "singular values stand with the outputs, as in the paper's formula, where the program has them with the inputs",
+    "singular values stand with the outputs, as in the paper's formula, and with the inputs in the program",
 )
 def lora_xs(*, rank: int = 64, alpha: float = 64.0) -> Adapter:
     """Train only a small core between the weight's frozen top singular vectors."""
@@ -163,7 +163,7 @@ def randlora(*, rank: int = 32, alpha: float = 640.0, law: Law = "uniform", seed
     kind="adapter",
     paper="arXiv:2108.06098",
     reference="KohakuBlueleaf/LyCORIS",
-    status="limits",
+    status="transcript",
     deviates="starts as LyCORIS does (deviations 0.1 and 1); the paper and peft draw by He's rule",
 )
 def loha(*, rank: int = 8, alpha: float = 8.0) -> Adapter:
@@ -175,7 +175,7 @@ def loha(*, rank: int = 8, alpha: float = 8.0) -> Adapter:
     kind="adapter",
     paper="arXiv:2309.14859",
     reference="KohakuBlueleaf/LyCORIS",
-    status="limits",
+    status="transcript",
     deviates="alpha / rank also where neither factor is a product, as in peft; LyCORIS takes 1 there",
 )
 def lokr(*, rank: int = 8, alpha: float = 8.0, factor: int = -1, both: bool = False) -> Adapter:

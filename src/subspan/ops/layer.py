@@ -34,7 +34,7 @@ class OpLinear(OpLayer):
     """y = op(x) + bias: a compressed linear layer.
 
     In eval mode a low-rank op lies in memory as decoding reads it fastest, in train mode as optimizers and FSDP
-    want it.
+    want it: call `train()` before `fully_shard`, which refuses the other way.
     """
 
     def __init__(self, op: LinOp, bias: Tensor | None = None) -> None:
