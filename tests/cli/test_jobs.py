@@ -115,7 +115,8 @@ def test_learning_rates_begin_as_documented():
     assert [lessons.default_lr(name, scratch=True) for name in ("adamw", "galore", "fira", "frugal")] == [
         3e-3, 1e-2, 1e-2, 1e-3,
     ]  # fmt: skip
-    assert all(0 < lessons.default_lr(name, scratch=False) <= 1e-3 for name in methods())
+    assert all(0 < lessons.default_lr(name, scratch=False) <= 1e-2 for name in methods())
+    assert set(methods("adapter")) <= lessons.FINETUNE_LR.keys()  # a rate for one is far off for another
 
 
 def test_tables_hold_what_they_are_given():
