@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from subspan.inspect import Report, write_page
-from subspan.inspect.plots import FAINT, Style, canvas, entitle, label_ends, number, styles
+from subspan.inspect.plots import Style, canvas, entitle, label_ends, number, styles
 
 TITLES = {
     "classes": (
@@ -72,12 +72,18 @@ def score_figure(found: list[Result], floor: float) -> Figure:
         xs, ys = [one.numbers for one in mine], [one.loss for one in mine]
         axes.plot(xs, ys, color=style.color, ls=style.dash, lw=1.2, marker="o", ms=3.5)
         ends[f"{name}: {number(ys[-1])}"] = (xs[-1], ys[-1], style.color)
-    axes.axhline(floor, color=FAINT, lw=1, ls=(0, (4, 2)), zorder=1)
+    fit(axes, [one.loss for one in found])
     axes.set_xscale("log")
     axes.set(xlabel="trained numbers (log scale)", ylabel="nats on other texts")
     entitle(axes, f"Untrained {number(floor)}; {found[0].method} ends lowest, at {number(found[0].loss)}")
     label_ends(axes, ends)
     return figure
+
+
+def fit(axes: Any, heights: list[float]) -> None:
+    """Leave room above and below for the labels, and none for more."""
+    pad = 0.12 * (max(heights) - min(heights)) or 0.01
+    axes.set_ylim(min(heights) - pad, max(heights) + pad)
 
 
 def time_figure(found: list[Result], times: dict[str, float], floor: float) -> Figure:
@@ -89,9 +95,9 @@ def time_figure(found: list[Result], times: dict[str, float], floor: float) -> F
     for name, one in shown.items():
         axes.plot([times[name]], [one.loss], color=look[name].color, marker="o", ms=5, ls="")
         ends[f"{name}: {times[name]:.2f}"] = (times[name], one.loss, look[name].color)
-    axes.axhline(floor, color=FAINT, lw=1, ls=(0, (4, 2)), zorder=1)
+    fit(axes, [one.loss for one in shown.values()])
     axes.set(xlabel="time of a step over LoRA's", ylabel="nats on other texts")
-    entitle(axes, "Score against step time: lower and to the left is better")
+    entitle(axes, f"Score against step time: lower and to the left is better; untrained {number(floor)}")
     label_ends(axes, ends)
     return figure
 
