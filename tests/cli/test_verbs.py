@@ -1,17 +1,18 @@
 """Every verb does what its help says, and what one writes the next one reads."""
 
+import itertools
 import json
 import math
 import shlex
 from importlib import import_module, metadata
-from inspect import signature
+from inspect import getdoc, signature
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from subspan import io
-from subspan.cli import VERBS
+from subspan.cli import VERBS, flowing
 from subspan.compress import study
 from subspan.heal import Factors
 from subspan.hosts import folders, jobs, lessons, text
@@ -66,6 +67,21 @@ def test_help_is_the_same_in_the_list_and_in_the_verb(cli):
         shown = cli(verb, "--help")
         assert shown.code == 0
         assert " ".join(shown.out.split()).endswith(f"Example: {module.EXAMPLE}")
+
+
+def test_help_flows_to_the_end_of_the_terminal(cli, monkeypatch):
+    assert flowing(flowing) == "\n\n".join(" ".join(p.split()) for p in getdoc(flowing).split("\n\n"))
+    monkeypatch.setenv("COLUMNS", "60")
+    verbs = [import_module(f"subspan.cli.{verb}") for verb in VERBS]
+    for verb, module in zip(VERBS, verbs, strict=True):
+        lines = [line.strip() for line in cli(verb, "--help").out.splitlines()]
+        paragraphs = flowing(module.run).split("\n\n")
+        for words in paragraphs:
+            first = next(i for i, line in enumerate(lines) if line and words.startswith(line))
+            shown = lines[first : lines.index("", first)]
+            assert " ".join(shown) == words
+            # No line ends before the next word would not fit any more.
+            assert all(len(a) + 1 + len(b.split()[0]) > 58 for a, b in itertools.pairwise(shown))
 
 
 def test_no_arguments_print_help_and_version_the_version(cli):

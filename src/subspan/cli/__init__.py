@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
+from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
@@ -44,12 +45,23 @@ def load(verb: str) -> Any:
     app = typer.Typer(name=verb, add_completion=False, rich_markup_mode="rich")
     parts: dict[str, Any] = getattr(module, "PARTS", {})
     if parts:
-        app.callback(epilog=epilog(module.EXAMPLE), invoke_without_command=True)(module.run)
+        about = app.callback(help=flowing(module.run), epilog=epilog(module.EXAMPLE), invoke_without_command=True)
+        about(module.run)
     else:
-        app.command(verb, cls=Verb, epilog=epilog(module.EXAMPLE))(module.run)
+        parts = {verb: (module.run, module.EXAMPLE)}
     for name, (run, example) in parts.items():
-        app.command(name, cls=Verb, epilog=epilog(example))(run)
+        app.command(name, cls=Verb, help=flowing(run), epilog=epilog(example))(run)
     return typer.main.get_command(app)
+
+
+def flowing(run: Callable[..., Any]) -> str:
+    """A function's docstring with each paragraph in one line, to be broken where the terminal ends.
+
+    >>> def run(): "Words that\\n    go on.\\n\\n    And more."
+    >>> flowing(run)
+    'Words that go on.\\n\\nAnd more.'
+    """
+    return "\n\n".join(" ".join(part.split()) for part in (getdoc(run) or "").split("\n\n"))
 
 
 def epilog(example: str) -> str:
