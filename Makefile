@@ -33,6 +33,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/compression.py
 	$(BIN)/python bench/compression_speed.py
 	$(BIN)/python bench/healing.py --batch 1 --window 128
+	$(BIN)/python bench/finetuning.py
 	$(BIN)/python bench/analyses.py
 
 docs: $(STAMP)

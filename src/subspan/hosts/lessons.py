@@ -46,8 +46,8 @@ FINETUNE_LR = {
     "welore_peft": 3e-4, "full": 5e-5, "pela": 5e-5,
     "lora": 1e-3, "rslora": 1e-3, "dora": 1e-3, "milora": 1e-3, "pissa": 3e-4, "eva": 3e-4,
     "lora_plus": 2e-4, "lora_pro": 1e-3, "riemannian_lora": 1e-3, "adalora": 5e-3,
-    "lora_ga": 3e-5, "lora_one": 3e-4, "lora_sb": 5e-4, "lora_xs": 3e-4, "moe_lora": 3e-3, "mos": 1e-3,
-    "vera": 1e-2, "randlora": 3e-4, "loha": 1e-3, "lokr": 3e-3, "oft": 2e-4, "shira": 1e-3, "paca": 1e-3,
+    "lora_ga": 3e-5, "lora_one": 3e-4, "lora_sb": 3e-4, "lora_xs": 3e-4, "moe_lora": 3e-3, "mos": 1e-3,
+    "vera": 1e-2, "randlora": 1e-4, "loha": 1e-3, "lokr": 3e-3, "oft": 2e-4, "shira": 1e-3, "paca": 1e-3,
 }  # fmt: skip
 
 
