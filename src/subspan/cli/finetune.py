@@ -159,8 +159,7 @@ def run(
     )  # fmt: skip
     save(out, loaded, learns, about, modules=modules, notes=lessons.diary(history, about), force=force)
     keep.clear(partial)
-    if report is not None:
-        write_page(page(history, method, seed), report)
+    draw(report, history, method, seed)
     return told(out, title(method, steps, history), about, lessons.summary(history, learns))
 
 
@@ -319,6 +318,12 @@ def save(
         )  # fmt: skip
     else:
         folders.save_model(out, loaded, about, notes=notes, force=force)
+
+
+def draw(file: Path | None, history: keep.History, method: str, seed: int) -> None:
+    """Write the page, where one is asked for."""
+    if file is not None:
+        write_page(page(history, method, seed), file)
 
 
 def page(history: keep.History, method: str, seed: int) -> Report:
