@@ -1,5 +1,6 @@
 """Models shared by the tests of the hosts: a tiny random Llama, and SmolLM2 loaded once."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -56,6 +57,22 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("smollm2"):
             item.add_marker(pytest.mark.xdist_group("smollm2"))
+
+
+@pytest.fixture
+def base(llama):
+    """base(tie): the tied model, or one with a head of its own."""
+
+    def made(tie):
+        if tie:
+            return llama
+        config = copy.deepcopy(llama.config)
+        config.tie_word_embeddings = False
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return LlamaForCausalLM(config).double().eval()
+
+    return made
 
 
 class Killed(Exception):

@@ -42,19 +42,6 @@ MORE = [
 ]
 
 
-def untied(llama):
-    config = copy.deepcopy(llama.config)
-    config.tie_word_embeddings = False
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return LlamaForCausalLM(config).double().eval()
-
-
-def base(tie):
-    """The tied fixture, or a model with a head of its own."""
-    return (lambda llama: llama) if tie else untied
-
-
 def rows(ids=(300, 301)):
     """Tokens in which the given ids occur."""
     torch.manual_seed(4)
@@ -132,8 +119,8 @@ class TestAdd:
         )
 
     @pytest.mark.parametrize("tie", [True, False])
-    def test_the_vocabulary_grows_by_zeros_and_keeps_its_tie(self, llama, words, tie):
-        model = base(tie)(llama)
+    def test_the_vocabulary_grows_by_zeros_and_keeps_its_tie(self, base, words, tie):
+        model = base(tie)
         old = {name: t.clone() for name, t in model.state_dict().items()}
         state = torch.get_rng_state()
         _, new = add_tokens(LoadedModel(model, words, "x"), NEW)
@@ -166,12 +153,12 @@ class TestAdd:
             add_tokens(LoadedModel(llama, words, "x"), new)
         assert rows_in(llama) == 300
 
-    def test_tables_that_cannot_grow(self, llama, words):
+    def test_tables_that_cannot_grow(self, llama, base, words):
         adapted = copy.deepcopy(llama)
         edit(adapted, ["lm_head"], shared_rows({"lm_head": "lm_head"}, lambda _, w: (torch.tensor([1]), w[:1])))
         with pytest.raises(ValueError, match=r"has 300 rows and needs 302, but lm_head carries an adapter"):
             grow(adapted, 302)
-        other = untied(llama)
+        other = base(False)
         other.lm_head = nn.Linear(24, 304, bias=False)
         with pytest.raises(ValueError, match="lm_head has 304 rows; only plain"):
             grow(other, 302)
@@ -183,8 +170,8 @@ class TestAdd:
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_row_starts_as_the_mean_of_its_pieces(llama, words, tie):
-    model = base(tie)(llama)
+def test_a_row_starts_as_the_mean_of_its_pieces(base, words, tie):
+    model = base(tie)
     loaded, _, new = begun(LoadedModel(model, words, "x"))
     for table in tables(loaded.model):
         for i, pieces in new.start.items():
@@ -203,8 +190,8 @@ def test_no_new_token_starts_likelier_than_its_pieces_are_on_average(llama, word
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_with_weight_decay_only_the_rows_named_move(llama, words, tie):
-    model = base(tie)(llama)
+def test_with_weight_decay_only_the_rows_named_move(base, words, tie):
+    model = base(tie)
     loaded, learns, new = begun(LoadedModel(model, words, "x"))
     old = {name: t.clone() for name, t in model.state_dict().items() if ".adapters." not in name}
     start = [table.detach().clone() for table in tables(model)]
@@ -248,11 +235,11 @@ def test_a_run_killed_and_resumed_is_the_run_that_was_not(llama, words, tmp_path
 
 
 @pytest.fixture
-def place(llama, words, tmp_path):
+def place(base, words, tmp_path):
     """place(tie): a model of a folder, and the folder."""
 
     def made(tie):
-        model = base(tie)(llama)
+        model = base(tie)
         model.save_pretrained(tmp_path / "base")
         words.save_pretrained(tmp_path / "base")
         return LoadedModel(model, words, str(tmp_path / "base"))

@@ -41,19 +41,6 @@ def trained(model, method="lora", also="lm_head|model.norm", *, keeping=None, lr
     return whole, fit(model, learns, data, steps=STEPS, every=2, keeping=keeping, lr=lr, batch=2, seed=3)
 
 
-def untied(llama):
-    config = copy.deepcopy(llama.config)
-    config.tie_word_embeddings = False
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return LlamaForCausalLM(config).double().eval()
-
-
-def base(tie):
-    """The tied fixture, or a model with a head of its own."""
-    return (lambda llama: llama) if tie else untied
-
-
 @torch.no_grad()
 def said(model):
     return model(input_ids=IDS).logits
@@ -68,8 +55,8 @@ def check_same(one, two, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_what_is_named_trains_and_all_else_stays(llama, tie):
-    model = base(tie)(llama)
+def test_what_is_named_trains_and_all_else_stays(base, tie):
+    model = base(tie)
     old = {name: t.clone() for name, t in model.state_dict().items()}
     whole, _ = trained(model)
     assert whole.modules == ("model.norm", "lm_head")
@@ -82,9 +69,9 @@ def test_what_is_named_trains_and_all_else_stays(llama, tie):
     assert any(".adapters." in name and t.any() for name, t in model.state_dict().items())
 
 
-def test_a_head_learns_what_it_would_learn_alone(llama):
+def test_a_head_learns_what_it_would_learn_alone(base):
     """With the adapters held still, the head moves as under its own optimizer."""
-    twin = untied(llama)
+    twin = base(False)
     model = copy.deepcopy(twin)
     learns, whole = begun(model, also="lm_head")
     only = lessons.Learning(**{**vars(learns), "named": whole.named})
@@ -129,8 +116,8 @@ class TestPeft:
         ("method", "tie"),
         [("lora", True), ("dora", False), *(pytest.param(*row, marks=pytest.mark.full) for row in MORE)],
     )
-    def test_what_we_save_peft_and_we_read_with_the_same_logits(self, llama, words, method, tie, tmp_path):
-        model = base(tie)(llama)
+    def test_what_we_save_peft_and_we_read_with_the_same_logits(self, base, words, method, tie, tmp_path):
+        model = base(tie)
         theirs, ours = (copy.deepcopy(model).float() for _ in range(2))
         whole, _ = trained(model, method)
         about = {"method": method}
@@ -156,8 +143,8 @@ class TestPeft:
         assert set(fields[0]) == set(fields[1]) == {"lm_head", "model.norm"}
 
     @pytest.mark.parametrize("tie", [True, pytest.param(False, marks=pytest.mark.full)])
-    def test_what_peft_trains_and_saves_whole_we_read(self, llama, tie, tmp_path):
-        model = base(tie)(llama).float()
+    def test_what_peft_trains_and_saves_whole_we_read(self, base, tie, tmp_path):
+        model = base(tie).float()
         ours = copy.deepcopy(model)
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"])
         theirs = peft.get_peft_model(model, config)
@@ -173,8 +160,8 @@ class TestPeft:
         assert (said(ours) - before).abs().max() > 1e-2
 
     @pytest.mark.parametrize("tie", [True, pytest.param(False, marks=pytest.mark.full)])
-    def test_merge_has_the_same_logits_and_says_what_is_untied(self, llama, words, tie, tmp_path):
-        model = base(tie)(llama)
+    def test_merge_has_the_same_logits_and_says_what_is_untied(self, base, words, tie, tmp_path):
+        model = base(tie)
         model.save_pretrained(tmp_path / "base")
         words.save_pretrained(tmp_path / "base")
         whole, _ = trained(model, "dora")
